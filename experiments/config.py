@@ -1,0 +1,114 @@
+"""Everything one training run is a function of. A recipe is a function that returns a `RunConfig`;
+a variant is `dataclasses.replace` on another recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moe.config import ModelConfig, require
+
+BalanceScopeName = Literal["none", "sequence", "microbatch", "shuffle_micro", "global_prefix", "global_exact"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read.
+
+    Attributes:
+      corpus: `packaged` (the multi-domain corpus of `data fetch`), `synthetic` (made in memory, for tests), or a
+        directory written by `data build`.
+      seq_len: S, predicted tokens per sequence; a sample holds S + 1 tokens of one domain.
+      domains: subset of the corpus' domains, empty for all.
+      allow_unclear_rights: keep domains whose text rights are marked unclear.
+    """
+
+    corpus: str = "packaged"
+    seq_len: int = 128
+    domains: tuple[str, ...] = ()
+    allow_unclear_rights: bool = True
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """`name` is `adamw` or an import path `package.module:factory`; the factory gets this config and the number of
+    steps, and returns an `optax.GradientTransformation`."""
+
+    name: str = "adamw"
+    learning_rate: float = 3e-3
+    warmup_steps: int = 20
+    final_fraction: float = 0.1  # cosine decay ends at this share of the peak rate
+    weight_decay: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class BalanceConfig:
+    """Router losses. The scope is always named (DESIGN contract 3).
+
+    Attributes:
+      scope: the set of tokens over which the selection frequency f is taken.
+      weight: coefficient of the balance loss (uniform routing gives a loss of exactly 1).
+      micro_batch_size: sequences of one micro-batch, for `microbatch` and `shuffle_micro`.
+      z_weight: coefficient of the router z-loss.
+    """
+
+    scope: BalanceScopeName = "global_exact"
+    weight: float = 0.01
+    micro_batch_size: int = 2
+    z_weight: float = 1e-3
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along the three axes; their product is the number of devices used."""
+
+    data: int = 1
+    fsdp: int = 1
+    expert: int = 1
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run.
+
+    Attributes:
+      batch_size: sequences per optimiser step, over all devices and accumulation steps.
+      accumulation: A, forward-backward passes per optimiser step; divides batch_size.
+      steps: optimiser steps of the whole schedule.
+      checkpoint_every: steps between asynchronous checkpoints; 0 for only the last one.
+      eval_tokens_per_domain: held-out tokens per domain and split at the end.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    batch_size: int = 32
+    accumulation: int = 1
+    steps: int = 400
+    seed: int = 0
+    checkpoint_every: int = 100
+    eval_tokens_per_domain: int = 16_384
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "steps", self.steps, "at least 1")
+        require(self.accumulation >= 1, "accumulation", self.accumulation, "at least 1")
+        require(
+            self.batch_size >= 1 and self.batch_size % self.accumulation == 0,
+            "batch_size", self.batch_size, f"a positive multiple of accumulation = {self.accumulation}",
+        )
+        devices = self.mesh.data * self.mesh.fsdp * self.mesh.expert
+        per_pass = self.batch_size // self.accumulation
+        require(per_pass % devices == 0, "batch_size", self.batch_size,
+                f"batch_size / accumulation = {per_pass} divisible by the mesh's {devices} devices "
+                f"(data x fsdp x expert = {self.mesh.data} x {self.mesh.fsdp} x {self.mesh.expert})")
+        if self.balance.scope in ("microbatch", "shuffle_micro"):
+            require(per_pass % self.balance.micro_batch_size == 0, "balance.micro_batch_size", self.balance.micro_batch_size,
+                    f"a divisor of batch_size / accumulation = {per_pass}")
+        if self.model.moe is not None:
+            require(self.model.moe.num_experts % self.mesh.expert == 0, "mesh.expert", self.mesh.expert,
+                    f"a divisor of moe.num_experts = {self.model.moe.num_experts}")

@@ -1,0 +1,116 @@
+"""What a model is made of: frozen, hashable, checked where values meet.
+
+Hashable on purpose: a config is a static argument of `jax.jit` and names a compiled program.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Remat = Literal["none", "dots", "full"]
+ComputeDtype = Literal["float32", "bfloat16"]
+LayerKind = Literal["dense", "moe"]
+
+
+def require(ok: bool, field: str, value: object, expected: str) -> None:
+    """Raises the one kind of error bad input gets: it names the field, the value and what was expected."""
+    if not ok:
+        raise ValueError(f"{field} = {value!r}: expected {expected}")
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """One mixture-of-experts feed-forward layer.
+
+    Attributes:
+      num_experts: E, routed experts.
+      top_k: k, experts per token.
+      expert_dim: hidden width of one routed (SwiGLU) expert.
+      num_shared_experts: always-on experts, fused into one SwiGLU of `num_shared_experts * expert_dim`.
+      router: a name in `moe.routers` or an import path `package.module:factory`; the factory is called
+        as `factory(num_experts=E, top_k=k)` (and with `renormalize=` if its signature takes it) and
+        returns a `moe.routing.Router`.
+      renormalize: divide the k kept probabilities by their sum (Mixtral, Qwen3) or keep them (OLMoE).
+      dispatcher: `blocks` (CPU default), `einsum` (the oracle), `ragged` (grouped GEMM on GPU), or `auto`.
+      block_size: rows of one padded block of the `blocks` dispatcher; 0 picks 128, or 64 when few tokens
+        meet each expert.
+    """
+
+    num_experts: int = 16
+    top_k: int = 2
+    expert_dim: int = 128
+    num_shared_experts: int = 0
+    router: str = "softmax_topk"
+    renormalize: bool = True
+    dispatcher: Literal["auto", "blocks", "einsum", "ragged"] = "auto"
+    block_size: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.num_experts >= 1, "moe.num_experts", self.num_experts, "at least 1")
+        require(1 <= self.top_k <= self.num_experts, "moe.top_k", self.top_k, f"1 <= top_k <= num_experts = {self.num_experts}")
+        require(self.expert_dim >= 1, "moe.expert_dim", self.expert_dim, "at least 1")
+        require(self.num_shared_experts >= 0, "moe.num_shared_experts", self.num_shared_experts, "0 or more")
+        require(self.block_size >= 0, "moe.block_size", self.block_size, "0 (automatic) or a positive row count")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer: pre-norm RMSNorm, RoPE, grouped-query attention, SwiGLU, dense or MoE per layer.
+
+    Attributes:
+      vocab_size: V, rows of the embedding.
+      hidden: d, residual width.
+      num_layers, num_heads, num_kv_heads, head_dim: L, H, G, D; H must be a multiple of G; D even (RoPE).
+      ffn_dim: width of the SwiGLU of dense layers.
+      moe: the MoE layers' shape, or None for a dense model.
+      first_dense: this many leading layers stay dense (DeepSeek-V3 has 3).
+      moe_every: after those, every `moe_every`-th layer is MoE, the others dense.
+      qk_norm: RMSNorm over each query and key head (OLMoE-2, Qwen3).
+      tie_embeddings: the output head is the embedding's transpose.
+      rope_theta, norm_eps: RoPE base; RMSNorm epsilon.
+      init_std: standard deviation of the embedding and of weights before 1/sqrt(2L) residual scaling.
+      remat: `none` keeps activations, `dots` keeps products without batch dimensions, `full` keeps only layer inputs.
+      compute_dtype: parameters stay float32; router, softmax, norm statistics and loss always run in float32.
+      unroll: layers unrolled per step of the scan over layers; 0 unrolls all of them.
+    """
+
+    vocab_size: int = 256
+    hidden: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    head_dim: int = 32
+    ffn_dim: int = 512
+    moe: MoEConfig | None = MoEConfig()
+    first_dense: int = 0
+    moe_every: int = 1
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+    remat: Remat = "none"
+    compute_dtype: ComputeDtype = "float32"
+    unroll: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim", "moe_every"):
+            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
+        require(self.num_heads % self.num_kv_heads == 0, "model.num_kv_heads", self.num_kv_heads, f"a divisor of num_heads = {self.num_heads}")
+        require(self.head_dim % 2 == 0, "model.head_dim", self.head_dim, "an even number (RoPE rotates pairs)")
+        require(0 <= self.first_dense <= self.num_layers, "model.first_dense", self.first_dense, f"0 to num_layers = {self.num_layers}")
+        require(self.unroll >= 0, "model.unroll", self.unroll, "0 (all) or a positive layer count")
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """`dense` or `moe` for each layer, bottom to top."""
+        if self.moe is None:
+            return ("dense",) * self.num_layers
+        rest = self.num_layers - self.first_dense
+        tail = tuple("moe" if i % self.moe_every == self.moe_every - 1 else "dense" for i in range(rest))
+        return ("dense",) * self.first_dense + tail
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.layer_kinds.count("moe")
