@@ -1,0 +1,97 @@
+"""Held-out cross-entropy, routing by domain, and balance: every domain with equal tokens.
+
+Legend: L MoE layers, D domains, N sequences, S positions, E experts.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from experiments.config import RunConfig
+from experiments.data.corpus import Corpus
+from experiments.data.pipeline import eval_sequences
+from experiments.step import TrainState, forward, targets_of
+from kernels.cross_entropy import token_nll
+from moe.metrics import max_violation, mutual_information
+from parallel.mesh import AXES, BATCH, on_shards
+
+
+def sequence_sums(
+    params: Any, batch: dict[str, Array], router_state: Any, key: Array, *, config: RunConfig
+) -> dict[str, Array]:
+    """Per-sequence sums over one batch of leaves [N, S + 1]; every output leads with N."""
+    out = forward(config, params, batch, router_state, key)
+    targets, weights = targets_of(batch)
+    tokens = P(AXES)
+    nll = on_shards(token_nll, (P(AXES, None), P(), tokens), tokens)(
+        out.hidden.reshape(-1, out.hidden.shape[-1]), out.head.astype(out.hidden.dtype), targets.reshape(-1)
+    )
+    sums = {"nll": jnp.sum(nll.reshape(targets.shape) * weights, axis=1), "targets": weights.sum(axis=1)}
+    if out.stats is not None:
+        tokens_n = jnp.maximum(out.stats.tokens[0], 1.0)
+        sums |= {
+            "counts": out.stats.counts.swapaxes(0, 1),
+            "sequence_violation": max_violation(out.stats.counts).mean(axis=0),
+            "top_score": out.stats.top_score_sums.mean(axis=0) / tokens_n,
+        }
+    return sums
+
+
+def collect(config: RunConfig, state: TrainState, mesh: Mesh, data: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """`sequence_sums` of all N held-out sequences, in batches of the training pass' size (the last one padded)."""
+    size = config.batch_size // config.accumulation
+    run = jax.jit(functools.partial(sequence_sums, config=config), out_shardings=NamedSharding(mesh, P()))
+    sharding = NamedSharding(mesh, BATCH)
+    total, parts = data["domain"].shape[0], []
+    for start in range(0, total, size):
+        padded = {}
+        for name in ("tokens", "segment_ids", "positions"):
+            rows = data[name][start : start + size]
+            rows = np.pad(rows, ((0, size - len(rows)), (0, 0)))
+            padded[name] = jax.make_array_from_callback(rows.shape, sharding, lambda index, rows=rows: rows[index])
+        sums = jax.device_get(run(state.params, padded, state.router_state, state.key))
+        parts.append(jax.tree.map(lambda x: x[: min(size, total - start)], sums))  # noqa: B023
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+
+
+def evaluate(config: RunConfig, state: TrainState, corpus: Corpus, mesh: Mesh) -> tuple[dict[str, float], dict]:
+    """Metrics of the trained model on the validation and test splits.
+
+    Returns:
+      metrics: `val_ce`, `test_ce` (nats per token), and for MoE from the test split: `domain_expert_mi` (mean over
+        layers of I(domain; expert), nats), `max_violation` and `max_violation_sequence`, `top_score`.
+      series: `domains`, `domain_ce` [D] (test), `domain_expert` [L][D][E] (share of a domain's assignments),
+        `layer_mi` [L].
+    """
+    metrics: dict[str, float] = {}
+    sums: dict[str, np.ndarray] = {}
+    domain = np.zeros(0, np.int64)
+    for split, name in (("validation", "val_ce"), ("test", "test_ce")):
+        data = eval_sequences(corpus, split, config.data.seq_len, config.eval_tokens_per_domain)
+        sums, domain = collect(config, state, mesh, data), data["domain"]
+        metrics[name] = float(sums["nll"].sum() / sums["targets"].sum())
+    by_domain = lambda x: np.stack([x[domain == d].sum(axis=0) for d in range(len(corpus.domains))])  # noqa: E731
+    series: dict[str, Any] = {
+        "domains": list(corpus.domains),
+        "domain_ce": (by_domain(sums["nll"]) / by_domain(sums["targets"])).round(5).tolist(),
+    }
+    if "counts" in sums:
+        counts = by_domain(sums["counts"]).swapaxes(0, 1)  # [L, D, E]
+        layer_mi = np.asarray(mutual_information(jnp.asarray(counts)))
+        metrics |= {
+            "domain_expert_mi": float(layer_mi.mean()),
+            "max_violation": float(np.mean(max_violation(jnp.asarray(counts.sum(axis=1))))),
+            "max_violation_sequence": float(sums["sequence_violation"].mean()),
+            "top_score": float(sums["top_score"].mean()),
+        }
+        share = counts / counts.sum(axis=-1, keepdims=True)
+        series |= {"domain_expert": share.round(4).tolist(), "layer_mi": layer_mi.round(5).tolist()}
+    return metrics, series

@@ -1,0 +1,77 @@
+"""Recipes: functions that return a whole run. A variant replaces fields of another recipe; nothing is registered twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from experiments.config import BalanceConfig, DataConfig, MeshConfig, OptimizerConfig, RunConfig
+from moe.config import ModelConfig, MoEConfig
+
+
+def smoke() -> RunConfig:
+    """Seconds on one core, on text made in memory: for tests and for a first look."""
+    moe = MoEConfig(num_experts=8, top_k=2, expert_dim=32)
+    return RunConfig(
+        model=ModelConfig(vocab_size=64, hidden=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16, moe=moe),
+        data=DataConfig(corpus="synthetic", seq_len=32),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+        balance=BalanceConfig(weight=0.01, micro_batch_size=2),
+        batch_size=8,
+        steps=8,
+        checkpoint_every=4,
+        eval_tokens_per_domain=512,
+    )
+
+
+def cpu() -> RunConfig:
+    """A small byte-level model on the packaged corpus: about a minute on two cores."""
+    moe = MoEConfig(num_experts=16, top_k=2, expert_dim=96)
+    return RunConfig(
+        model=ModelConfig(vocab_size=256, hidden=96, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=24, moe=moe),
+        data=DataConfig(corpus="packaged", seq_len=128),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=40),
+        balance=BalanceConfig(weight=0.1, micro_batch_size=2),
+        batch_size=32,
+        steps=400,
+    )
+
+
+def bench() -> RunConfig:
+    """The shape of `bench train-step`: what Hugging Face's OLMoE is timed on beside us."""
+    moe = MoEConfig(num_experts=16, top_k=2, expert_dim=256, renormalize=False)
+    return RunConfig(
+        model=ModelConfig(vocab_size=1024, hidden=256, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=64, moe=moe),
+        data=DataConfig(corpus="synthetic", seq_len=256),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        batch_size=16,
+    )
+
+
+def gpu() -> RunConfig:
+    """One H100: about 160M active of 640M parameters in bfloat16, 16 experts top-4, 131k tokens a step."""
+    moe = MoEConfig(num_experts=32, top_k=4, expert_dim=1024)
+    model = ModelConfig(
+        vocab_size=256, hidden=1024, num_layers=12, num_heads=16, num_kv_heads=4, head_dim=64, moe=moe,
+        qk_norm=True, compute_dtype="bfloat16", remat="dots",
+    )
+    return RunConfig(
+        model=model,
+        data=DataConfig(corpus="packaged", seq_len=2048),
+        optimizer=OptimizerConfig(learning_rate=6e-4, warmup_steps=500),
+        balance=BalanceConfig(weight=0.008, micro_batch_size=4),
+        batch_size=64,
+        accumulation=4,
+        steps=20_000,
+        checkpoint_every=500,
+    )
+
+
+def cluster() -> RunConfig:
+    """`gpu` on 64 devices: 2 data x 4 fsdp x 8 expert, one accumulation pass."""
+    return replace(gpu(), mesh=MeshConfig(data=2, fsdp=4, expert=8), batch_size=256, accumulation=1)
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    "smoke": smoke, "cpu": cpu, "bench": bench, "gpu": gpu, "cluster": cluster,
+}

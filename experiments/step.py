@@ -1,0 +1,234 @@
+"""The training step, on one screen, and the state it moves.
+
+One optimiser step: the batch's sequences go through A accumulation passes in a `lax.scan`; every loss is a sum over
+tokens divided once by the token count of the whole step; gradients are added; the optimiser updates once.
+
+Legend: A accumulation passes, B sequences per pass, S positions, L MoE layers, G micro-batches, E experts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from experiments.config import OptimizerConfig, RunConfig
+from kernels.cross_entropy import cross_entropy
+from moe.losses import (
+    BalancePrior, RoutingStats, scoped_balance_loss, selection_frequency, shuffled_frequency, z_loss,
+)
+from moe.metrics import pass_metrics, step_metrics
+from moe.routing import import_object
+from moe.transformer import Transformer, TransformerOutput, init_router_state
+from optim.adamw import adamw, warmup_cosine
+from optim.sharding import opt_state_shardings
+from parallel.mesh import AXES, on_shards
+from parallel.sharding import tree_shardings
+
+Batch = dict[str, Array]  # tokens, segment_ids, positions: [A, B, S + 1] int32
+
+
+@struct.dataclass
+class TrainState:
+    """Everything a checkpoint holds.
+
+    Attributes:
+      step: int32, finished optimiser steps.
+      position: uint32, the next global sample index of the data.
+      params, opt_state: model and optimiser.
+      router_state: counts, biases, controllers of the routers, stacked over MoE layers.
+      method_state: any pytree a method keeps (bilevel copies, data weights).
+      key: the run's PRNG key; randomness is a function of (key, step, layer, sample), never of call order.
+    """
+
+    step: Array
+    position: Array
+    params: Any
+    opt_state: Any
+    router_state: Any
+    method_state: Any
+    key: Array
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW, or what the factory at an import path returns for (config, steps)."""
+    if config.name == "adamw":
+        schedule = warmup_cosine(config.learning_rate, config.warmup_steps, steps, config.final_fraction)
+        return adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, clip_norm=config.clip_norm)
+    return import_object(config.name, "optimizer.name")(config, steps)
+
+
+def init_state(config: RunConfig, tx: optax.GradientTransformation) -> TrainState:
+    """A fresh state; a function of config.seed alone. Call under jit with `state_shardings` as out_shardings."""
+    key = jax.random.key(config.seed)
+    zeros = jnp.zeros((1, config.data.seq_len), jnp.int32)
+    model, router_state = Transformer(config.model), init_router_state(config.model)
+    params = model.init(jax.random.fold_in(key, 0), zeros, zeros, zeros, router_state, key)["params"]
+    return TrainState(
+        step=jnp.int32(0), position=jnp.uint32(0), params=params, opt_state=tx.init(params),
+        router_state=router_state, method_state={}, key=jax.random.fold_in(key, 1),
+    )
+
+
+def state_shardings(abstract: TrainState, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Parameters and moments by the rules of `parallel.sharding`, everything else replicated."""
+    params = tree_shardings(abstract.params, mesh)
+    replicated = jax.tree.map(lambda _: NamedSharding(mesh, P()), abstract)
+    return replicated.replace(params=params, opt_state=opt_state_shardings(tx, abstract.params, params))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P(None, AXES, None))
+
+
+def targets_of(batch: Batch) -> tuple[Array, Array]:
+    """Next tokens and their weights [..., S]: the first token of the next document is not predicted from this one."""
+    segments = batch["segment_ids"]
+    same = (segments[..., 1:] == segments[..., :-1]) & (segments[..., :-1] > 0)
+    return batch["tokens"][..., 1:], same.astype(jnp.float32)
+
+
+def forward(config: RunConfig, params: Any, batch: Batch, router_state: Any, key: Array) -> TransformerOutput:
+    """One pass over batch leaves [B, S + 1]; the last token is only a target."""
+    inputs = [batch[name][:, :-1] for name in ("tokens", "segment_ids", "positions")]
+    return Transformer(config.model).apply({"params": params}, *inputs, router_state, key)  # type: ignore[return-value]
+
+
+def summed_cross_entropy(out: TransformerOutput, targets: Array, weights: Array) -> Array:
+    """Sum of weighted negative log-likelihoods in nats; chunked on each device's own tokens."""
+    hidden = out.hidden.reshape(-1, out.hidden.shape[-1])
+    tokens = P(AXES)
+
+    def local(hidden: Array, head: Array, targets: Array, weights: Array) -> Array:
+        return cross_entropy(hidden, head.astype(hidden.dtype), targets, weights)[None]
+
+    fn = on_shards(local, (P(AXES, None), P(), tokens, tokens), tokens)
+    return jnp.sum(fn(hidden, out.head, targets.reshape(-1), weights.reshape(-1)))
+
+
+def step_frequency(config: RunConfig, state: TrainState, batch: Batch, step_key: Array) -> Array | None:
+    """The routing pre-pass: f of the whole optimiser step before its first gradient, where a scope needs it.
+
+    `global_exact` -> [A, L, 1, E] and `shuffle_micro` -> [A, L, G / A, E] under accumulation; None where one pass sees
+    everything anyway. Costs one forward pass.
+    """
+    scope, moe = config.balance.scope, config.model.moe
+    if moe is None or config.accumulation == 1 or scope not in ("global_exact", "shuffle_micro"):
+        return None
+
+    def route(_: None, one: tuple[Batch, Array]) -> tuple[None, RoutingStats]:
+        return None, forward(config, state.params, one[0], state.router_state, one[1]).stats  # type: ignore[return-value]
+
+    stats = jax.lax.scan(route, None, (batch, _pass_keys(config, step_key)))[1]
+    if scope == "global_exact":
+        frequency = selection_frequency(stats.counts.sum(axis=(0, 2)), stats.tokens.sum(axis=(0, 2)), moe.top_k)
+        return jnp.broadcast_to(frequency[None, :, None], (config.accumulation, *frequency.shape[:1], 1, moe.num_experts))
+    indices = stats.indices.swapaxes(0, 1)
+    frequency = _shuffled(config, indices.reshape(indices.shape[0], -1, indices.shape[-1]), step_key)
+    return frequency.reshape(frequency.shape[0], config.accumulation, -1, moe.num_experts).swapaxes(0, 1)
+
+
+def _pass_keys(config: RunConfig, step_key: Array) -> Array:
+    return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(jnp.arange(config.accumulation))
+
+
+def _shuffled(config: RunConfig, indices: Array, step_key: Array) -> Array:
+    assert config.model.moe is not None
+    groups = config.batch_size // config.balance.micro_batch_size
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(step_key, 1 << 20), i))(jnp.arange(groups))
+    sample = config.balance.micro_batch_size * config.data.seq_len
+    return shuffled_frequency(indices, keys, sample, config.model.moe.num_experts, config.model.moe.top_k)
+
+
+def pass_loss(
+    params: Any, batch: Batch, frequency: Array | None, prior: BalancePrior | None, key: Array, step_key: Array,
+    *, config: RunConfig, router_state: Any, total_targets: Array, total_tokens: Array,
+) -> tuple[Array, tuple[dict[str, Array], RoutingStats | None]]:
+    """This pass' share of the step's loss, and its sums. Added up over passes they are the loss of the whole batch."""
+    out = forward(config, params, batch, router_state, key)
+    ce = summed_cross_entropy(out, *targets_of(batch)) / jnp.maximum(total_targets, 1.0)
+    if out.stats is None or config.model.moe is None:
+        return ce, ({"loss": ce}, None)
+    moe, stats, balance = config.model.moe, out.stats, config.balance
+    if balance.scope == "shuffle_micro" and frequency is None:
+        rows = stats.indices.reshape(stats.indices.shape[0], -1, moe.top_k)
+        frequency = _shuffled(config, rows, step_key)
+    lbl = scoped_balance_loss(
+        stats, balance.scope, top_k=moe.top_k, total_tokens=total_tokens,
+        micro_batch_size=balance.micro_batch_size, prior=prior, frequency=frequency,
+    )
+    z = z_loss(stats, total_tokens)
+    own = {name: jnp.sum(v) / jnp.maximum(total_tokens, 1.0) for name, v in stats.router_losses.items()}
+    loss = ce + balance.weight * lbl + balance.z_weight * z + sum(own.values())
+    return loss, ({"loss": ce, "balance_loss": lbl, "z_loss": z, **own}, stats)
+
+
+def train_step(
+    state: TrainState, batch: Batch, *, config: RunConfig, tx: optax.GradientTransformation
+) -> tuple[TrainState, dict[str, Array]]:
+    """One optimiser step: (state, batch leaves [A, B, S + 1]) -> (state, metrics)."""
+    step_key = jax.random.fold_in(state.key, state.step)
+    total_targets = jnp.sum(targets_of(batch)[1])
+    total_tokens = jnp.sum(batch["segment_ids"][..., :-1] > 0, dtype=jnp.float32)
+    frequency = step_frequency(config, state, batch, step_key)
+    grad = jax.value_and_grad(
+        functools.partial(pass_loss, step_key=step_key, config=config, router_state=state.router_state,
+                          total_targets=total_targets, total_tokens=total_tokens),
+        has_aux=True,
+    )
+
+    def accumulate(prior: BalancePrior | None, one: tuple[Batch, Array | None, Array]) -> Any:
+        part, f, key = one
+        (_, (sums, stats)), grads = grad(state.params, part, f, prior, key)
+        counted = pass_metrics(stats, config.balance.micro_batch_size) if stats is not None else {}
+        dropped = stats.dropped.sum() if stats is not None else None
+        return prior.add(stats) if prior is not None and stats is not None else prior, (grads, sums, counted, dropped)
+
+    moe = config.model.moe
+    seen = BalancePrior.zeros(config.model.num_moe_layers, moe.num_experts) if moe else None
+    seen, (grads, sums, counted, dropped) = scan_sum(
+        accumulate, seen, (batch, frequency, _pass_keys(config, step_key)), config.accumulation
+    )
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    metrics = {**sums, "grad_norm": optax.global_norm(grads), "tokens": total_tokens}
+    if seen is not None:
+        metrics |= {name: value / config.accumulation for name, value in counted.items()}
+        metrics |= step_metrics(seen.counts, dropped)
+    new_state = state.replace(
+        step=state.step + 1, position=state.position + jnp.uint32(config.batch_size),
+        params=optax.apply_updates(state.params, updates), opt_state=opt_state,
+    )
+    return new_state, metrics
+
+
+def scan_sum(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, length: int) -> tuple[Any, Any]:
+    """`lax.scan` that adds the outputs up instead of stacking them; a single pass is called outright."""
+    first = jax.tree.map(lambda x: x[0], xs)
+    if length == 1:
+        return fn(carry, first)
+
+    def body(acc: tuple[Any, Any], x: Any) -> tuple[tuple[Any, Any], None]:
+        inner, out = fn(acc[0], x)
+        return (inner, jax.tree.map(jnp.add, acc[1], out)), None
+
+    shapes = jax.eval_shape(fn, carry, first)[1]
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(body, (carry, zeros), xs)[0]
+
+
+def compile_step(config: RunConfig, tx: optax.GradientTransformation, mesh: Mesh) -> Any:
+    """The jitted step: donates the state, keeps its shardings. Call it (and lower it) under `jax.set_mesh(mesh)`."""
+    abstract = jax.eval_shape(functools.partial(init_state, config, tx))
+    shardings = state_shardings(abstract, tx, mesh)
+    step = functools.partial(train_step, config=config, tx=tx)
+    return jax.jit(
+        step, donate_argnums=0, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, None)
+    )

@@ -1,0 +1,235 @@
+"""The training loop: one model, from a config and an output directory to metrics, resumable at any moment."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from experiments.config import RunConfig
+from experiments.data.corpus import Corpus, open_corpus
+from experiments.data.pipeline import batches, make_dataset
+from experiments.evaluate import evaluate
+from experiments.logs import JsonLines, make_loggers
+from experiments.step import Batch, TrainState, batch_sharding, compile_step, init_state, make_optimizer, state_shardings
+from moe.config import require
+from moe.routing import make_router
+from parallel.checkpoint import Checkpoints
+from parallel.mesh import make_mesh
+from parallel.startup import any_process, is_primary
+
+Progress = Callable[[int, int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """`metrics`: final numbers by name; `series`: small JSON-able arrays for figures."""
+
+    metrics: dict[str, float]
+    series: dict[str, Any]
+
+
+def fit(
+    config: RunConfig,
+    out: Path,
+    *,
+    steps: int | None = None,
+    progress: Progress | None = None,
+    loggers: Sequence[str] = (),
+    profile: tuple[int, int] | None = None,
+) -> FitResult:
+    """Trains one model in `out`, resuming from the checkpoint found there, and evaluates it.
+
+    Args:
+      config: everything the run is a function of; a checkpoint of another config is refused.
+      out: directory for `metrics.jsonl` and `checkpoints/`.
+      steps: stop after this many optimiser steps in all; the schedule still spans `config.steps`.
+      progress: called as progress(finished, total, metrics) after each step.
+      loggers: any of `tensorboard`, `wandb`, `trackio`, beside the JSON lines.
+      profile: (first, last) steps to trace with the JAX profiler into `out/profile`.
+
+    Raises:
+      ValueError: bad input, before anything is compiled or written.
+      KeyboardInterrupt: after Ctrl-C, once the state is saved.
+    """
+    total = config.steps if steps is None else steps
+    require(total >= 1, "steps", total, "at least 1")
+    corpus = open_corpus(config.data)
+    check(config, corpus)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.expert)
+    tx = make_optimizer(config.optimizer, config.steps)
+    with ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        saved = stack.enter_context(Checkpoints(out / "checkpoints", fingerprint=fingerprint(config, corpus)))
+        state = restore_or_init(config, tx, mesh, saved)
+        start = int(state.step)
+        lines = JsonLines.resume(out / "metrics.jsonl", start) if is_primary() else None
+        sinks = [lines, *make_loggers(loggers, out, start)] if lines else []
+        stop = stack.enter_context(stop_on_interrupt())
+        step_fn = compile_step(config, tx, mesh)
+        feed = stack.enter_context(feeding(config, corpus, mesh, start))
+        state, times = loop(config, state, step_fn, feed, saved, sinks, stop, total, progress, profile, out)
+        for sink in sinks:
+            sink.close()
+        if stop():
+            raise KeyboardInterrupt(f"stopped after step {int(state.step)}; the state is saved")
+        metrics, series = evaluate(config, state, corpus, mesh)
+    rows = read_lines(out / "metrics.jsonl") if is_primary() else []
+    step_ms = float(np.median([row["step_ms"] for row in rows])) if rows else float(np.median(times or [np.nan])) * 1e3
+    tokens = config.batch_size * config.data.seq_len
+    metrics |= {"step_ms": step_ms, "tokens_per_second": 1e3 * tokens / step_ms, "steps": float(total)}
+    return FitResult(metrics, series | loss_curve(rows))
+
+
+def check(config: RunConfig, corpus: Corpus) -> None:
+    """What only becomes visible with the corpus and the devices at hand."""
+    require(config.model.vocab_size >= corpus.vocab_size, "model.vocab_size", config.model.vocab_size,
+            f"at least the corpus' vocabulary of {corpus.vocab_size}")
+    if config.model.moe is not None:
+        make_router(config.model.moe)
+    processes = jax.process_count()
+    per_pass = config.batch_size // config.accumulation
+    require(per_pass % processes == 0, "batch_size", config.batch_size,
+            f"batch_size / accumulation = {per_pass} divisible by {processes} processes")
+
+
+def fingerprint(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
+    """What must be equal for a checkpoint to be continued: the config, flattened, and the corpus. Not the mesh, nor how
+    often it is saved: a run may move to other devices."""
+    flat: dict[str, Any] = {"corpus_hash": corpus.content_hash}
+
+    def add(prefix: str, value: Any) -> None:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            for field in dataclasses.fields(value):
+                add(f"{prefix}.{field.name}" if prefix else field.name, getattr(value, field.name))
+        else:
+            flat[prefix] = list(value) if isinstance(value, tuple) else value
+
+    add("", dataclasses.replace(config, mesh=None, checkpoint_every=0))  # type: ignore[arg-type]
+    return flat
+
+
+def restore_or_init(config: RunConfig, tx: Any, mesh: Mesh, saved: Checkpoints) -> TrainState:
+    """The newest complete checkpoint on this mesh, or a fresh state."""
+    init = functools.partial(init_state, config, tx)
+    abstract = jax.eval_shape(init)
+    shardings = state_shardings(abstract, tx, mesh)
+    if saved.latest() is None:
+        return jax.jit(init, out_shardings=shardings)()
+    placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+    return saved.restore(placed)
+
+
+@contextmanager
+def feeding(config: RunConfig, corpus: Corpus, mesh: Mesh, start_step: int) -> Iterator[Iterator[Batch]]:
+    """Batches [A, B, S + 1] on the mesh from the data position of `start_step`; process p reads its slice only."""
+    dataset = make_dataset(corpus, "train", config.data.seq_len, config.seed)
+    passes = config.accumulation
+    source = batches(dataset, start_step * config.batch_size, config.batch_size // passes,
+                     process_index=jax.process_index(), process_count=jax.process_count())
+    sharding = batch_sharding(mesh)
+
+    def on_mesh() -> Iterator[Batch]:
+        while True:
+            parts = [next(source) for _ in range(passes)]
+            yield {
+                name: jax.make_array_from_process_local_data(sharding, np.stack([p[name] for p in parts]))
+                for name in ("tokens", "segment_ids", "positions")
+            }
+
+    try:
+        yield on_mesh()
+    finally:
+        close = getattr(source, "close", None)
+        if close is not None:
+            close()
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Turns the first Ctrl-C (or SIGTERM) into a flag read between steps; a second Ctrl-C interrupts at once."""
+    asked = False
+
+    def ask(signum: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    try:
+        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals stay with whoever owns them
+        before = {}
+    try:
+        yield lambda: asked
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def loop(
+    config: RunConfig, state: TrainState, step_fn: Any, feed: Iterator[Batch], saved: Checkpoints, sinks: list[Any],
+    stop: Callable[[], bool], total: int, progress: Progress | None, profile: tuple[int, int] | None, out: Path,
+) -> tuple[TrainState, list[float]]:
+    """Runs steps up to `total` or until asked to stop. Metrics of step n are fetched after step n + 1 is dispatched, so
+    the device never waits; before a save they are written first, so no line of a saved step can be missing."""
+    pending: tuple[int, dict[str, Any]] | None = None
+    times: list[float] = []
+    mark = time.perf_counter()
+
+    def write() -> None:
+        nonlocal pending, mark
+        if pending is None:
+            return
+        step, values = pending[0], {k: float(v) for k, v in jax.device_get(pending[1]).items()}
+        now = time.perf_counter()
+        seconds, mark, pending = now - mark, now, None
+        times.append(seconds)
+        values |= {"step_ms": 1e3 * seconds, "tokens_per_second": values["tokens"] / seconds}
+        for sink in sinks:
+            sink.log(step, values)
+        if progress:
+            progress(step, total, values)
+
+    step = int(state.step)
+    while step < total:
+        if profile and step + 1 == profile[0]:
+            jax.profiler.start_trace(str(out / "profile"))
+        state, metrics = step_fn(state, next(feed))
+        write()
+        step, pending = step + 1, (step + 1, metrics)
+        if profile and step == profile[1]:
+            jax.block_until_ready(metrics)
+            jax.profiler.stop_trace()
+        stopping = any_process(stop(), step)
+        if stopping or step == total or (config.checkpoint_every and step % config.checkpoint_every == 0):
+            write()
+            saved.save(step, state)
+            mark = time.perf_counter()
+        if stopping:
+            break
+    saved.wait()
+    return state, times[2:]  # the first holds the compilation, the second its tail
+
+
+def read_lines(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def loss_curve(rows: list[dict[str, float]], points: int = 200) -> dict[str, list[float]]:
+    """Loss and balance over steps from the JSON lines, thinned to `points` by averaging."""
+    chunks = np.array_split(np.arange(len(rows)), max(1, min(points, len(rows)))) if rows else []
+    mean = lambda key: [round(float(np.mean([rows[i][key] for i in c])), 5) for c in chunks]  # noqa: E731
+    names = [n for n in ("loss", "balance_loss", "max_violation", "max_violation_sequence") if rows and n in rows[0]]
+    return {"loss_steps": [float(rows[c[-1]]["step"]) for c in chunks], **{name: mean(name) for name in names}}

@@ -1,0 +1,120 @@
+"""Dispatchers: from tokens and a routing to the experts' weighted sum. All are equal on one routing.
+
+The layer calls one method, `apply(x, routing, experts)`. Capacity is not here: it is a token policy that edits
+`routing.valid` beforehand. Legend: T tokens, K assignments per token, E experts, d hidden, f expert width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from kernels.grouped_ffn import grouped_swiglu
+from moe.config import MoEConfig
+from moe.routing import RouterOutput
+from parallel import exchange
+from parallel.mesh import AXES, expert_axis_size, on_shards
+
+
+class ExpertParams(NamedTuple):
+    """SwiGLU experts: gate_up [E, d, 2f] (gate first, then up), down [E, f, d]."""
+
+    gate_up: Array
+    down: Array
+
+
+class Dispatcher(Protocol):
+    """`apply(x [T, d], routing, experts) -> [T, d]`; invalid assignments contribute zero."""
+
+    def apply(self, x: Array, routing: RouterOutput, experts: ExpertParams) -> Array: ...
+
+
+@dataclass(frozen=True)
+class Einsum:
+    """Every expert on every token, mixed by a one-hot gate [T, E]: E / K times the work, the oracle."""
+
+    def apply(self, x: Array, routing: RouterOutput, experts: ExpertParams) -> Array:
+        num_experts = experts.down.shape[0]
+        gate = routing.weights * routing.valid
+        one_hot = jax.nn.one_hot(routing.indices, num_experts)
+        scale = jnp.einsum("tk,tke->te", gate, one_hot).astype(x.dtype)
+        ones = jnp.einsum("tk,tke->te", routing.valid.astype(x.dtype), one_hot.astype(x.dtype))
+        inside, outside = (scale, ones) if routing.scale_on == "input" else (jnp.ones_like(scale), scale)
+        gate_up = jnp.einsum("te,td,edf->etf", inside, x, experts.gate_up)
+        a, b = jnp.split(gate_up, 2, axis=-1)
+        return jnp.einsum("te,etf,efd->td", outside, jax.nn.silu(a) * b, experts.down)
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Sort by expert, grouped SwiGLU, weighted gather back: dropless, work proportional to the valid assignments."""
+
+    implementation: str = "auto"
+    block_size: int = 0
+
+    def apply(self, x: Array, routing: RouterOutput, experts: ExpertParams) -> Array:
+        return grouped_swiglu(
+            x, routing.indices, routing.weights, routing.valid, experts.gate_up, experts.down,
+            block_size=self.block_size, scale_on=routing.scale_on, implementation=self.implementation,
+        )
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Experts spread over a mesh axis: all-to-all, `inner` on the experts held here, all-to-all back. Inside shard_map."""
+
+    inner: Dispatcher
+    axis: str = "expert"
+
+    def apply(self, x: Array, routing: RouterOutput, experts: ExpertParams) -> Array:
+        local = experts.down.shape[0]
+        (num_tokens, top_k), d = routing.indices.shape, x.shape[-1]
+        num_experts = local * jax.lax.axis_size(self.axis)
+        plan = exchange.plan_exchange(routing.indices, routing.valid, num_experts=num_experts, axis=self.axis)
+        weights = (routing.weights * routing.valid).astype(x.dtype)[..., None]
+        on_input = routing.scale_on == "input"
+        sent = (x[:, None] * weights).reshape(num_tokens * top_k, d) if on_input else x
+        rows = exchange.send_to_experts(sent, plan, self.axis)
+        results = self.inner.apply(rows, _received(plan.received_expert, local), experts)
+        back = exchange.return_to_tokens(results, plan, self.axis).reshape(num_tokens, top_k, d)
+        return jnp.sum(back if on_input else back * weights, axis=1)
+
+
+def _received(expert: Array, num_experts: int) -> RouterOutput:
+    """Received rows as a routing with K = 1: each row goes to its one expert with weight 1, padding to none."""
+    valid = expert < num_experts
+    empty = jnp.zeros((expert.shape[0], 0), jnp.float32)
+    return RouterOutput(
+        indices=jnp.where(valid, expert, 0)[:, None], weights=jnp.ones((expert.shape[0], 1), jnp.float32),
+        valid=valid[:, None], probs=empty, logits=empty, counts=empty[0],
+    )
+
+
+def make_dispatcher(config: MoEConfig) -> Dispatcher:
+    """The local dispatcher a config names."""
+    if config.dispatcher == "einsum":
+        return Einsum()
+    implementation = {"auto": "auto", "blocks": "blocks", "ragged": "ragged_dot"}[config.dispatcher]
+    return Grouped(implementation, config.block_size)
+
+
+def dispatch(x: Array, routing: RouterOutput, experts: ExpertParams, local: Dispatcher) -> Array:
+    """Applies `local` to tokens sharded over the current mesh, exchanging them over `expert` where that axis is real.
+
+    x [T, d] and the routing are split over all axes, experts over `expert` (and gathered over `fsdp` on entry).
+    """
+    inner: Dispatcher = Exchange(local) if expert_axis_size() > 1 else local
+
+    def shard(x: Array, indices: Array, weights: Array, valid: Array, gate_up: Array, down: Array) -> Array:
+        none = jnp.zeros((indices.shape[0], 0), jnp.float32)  # dispatchers read no probabilities
+        own = RouterOutput(indices, weights, valid, none, none, none[0], routing.scale_on)
+        return inner.apply(x, own, ExpertParams(gate_up, down))
+
+    tokens, held = P(AXES, None), P("expert", None, None)
+    fn = on_shards(shard, (tokens, tokens, tokens, tokens, held, held), tokens)
+    return fn(x, routing.indices, routing.weights, routing.valid, *experts)
