@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from kernels.checks import require, require_integer, require_shape
+from kernels.products import dot_lt, dot_rt, wide
 
 _LIVE_LOGITS = 1 << 20
 _MIN_CHUNK = 128
@@ -39,8 +40,7 @@ def _chunks(array: Array, chunk_size: int) -> Array:
 
 def _logits(hidden_Cd: Array, head_Vd: Array) -> Array:
     """[C, V], float32 or wider whatever the inputs."""
-    wide = jnp.promote_types(hidden_Cd.dtype, jnp.float32)
-    return lax.dot_general(hidden_Cd, head_Vd, (((1,), (1,)), ((), ())), preferred_element_type=wide)
+    return dot_rt(hidden_Cd, head_Vd, accumulate=True)
 
 
 def _nll(logits_CV: Array, target_C: Array) -> tuple[Array, Array, Array]:
@@ -60,23 +60,23 @@ def _cross_entropy(chunk_size: int, hidden: Array, head: Array, targets: Array, 
 
 def _cross_entropy_fwd(chunk_size: int, hidden: Array, head: Array, targets: Array, weights: Array):
     cast_head = head.astype(hidden.dtype)
-    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    accumulate = wide(hidden.dtype)
 
     def body(carry: tuple[Array, Array], chunk: tuple[Array, Array, Array]):
         loss, dhead = carry
         h, target, weight = chunk
-        weight = weight.astype(wide)
+        weight = weight.astype(accumulate)
         nll, exp, total = _nll(_logits(h, cast_head), target)
         # Minus the one-hot, as a comparison: it fuses, where a scatter would copy the chunk.
         hit = target[:, None] == jnp.arange(head.shape[0], dtype=target.dtype)[None, :]
-        dlogits = exp * (weight / total)[:, None] - jnp.where(hit, weight[:, None], jnp.zeros((), wide))
+        dlogits = exp * (weight / total)[:, None] - jnp.where(hit, weight[:, None], jnp.zeros((), accumulate))
         dlogits = dlogits.astype(h.dtype)
         dhidden = dlogits @ cast_head
-        dhead = dhead + lax.dot_general(dlogits, h, (((0,), (0,)), ((), ())), preferred_element_type=wide)
+        dhead = dhead + dot_lt(dlogits, h)
         return (loss + jnp.sum(nll * weight), dhead), dhidden
 
     chunks = jax.tree.map(lambda a: _chunks(a, chunk_size), (hidden, targets, weights))
-    start = (jnp.zeros((), wide), jnp.zeros(head.shape, wide))
+    start = (jnp.zeros((), accumulate), jnp.zeros(head.shape, accumulate))
     (loss, dhead), dhidden = lax.scan(body, start, chunks)
     dhidden = dhidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
     return loss, (dhidden, dhead.astype(head.dtype))

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from kernels.checks import require, require_choice, require_integer, require_shape
-from kernels.grouped_matmul import BlockPlan, dot_lt, dot_rt, keep_rows, plan_blocks, set_window, window
+from kernels.grouped_matmul import BlockPlan, keep_rows, plan_blocks, set_window, window
+from kernels.products import dot_lt, dot_rt, wide
 
 Implementation = Literal["auto", "blocks", "ragged_dot", "reference"]
 ScaleOn = Literal["output", "input"]
@@ -137,12 +138,11 @@ def _backward_blocks(
         )
 
     num_rows = s.token.shape[0]
-    wide = jnp.promote_types(x.dtype, jnp.float32)
     carry = (
         jnp.zeros((num_rows, x.shape[1]), x.dtype),
         jnp.zeros((num_rows,), s.weight.dtype),
-        jnp.zeros(gate_up.shape, wide),
-        jnp.zeros((gate_up.shape[0], f, x.shape[1]), wide),
+        jnp.zeros(gate_up.shape, wide(x.dtype)),
+        jnp.zeros((gate_up.shape[0], f, x.shape[1]), wide(x.dtype)),
     )
     return lax.fori_loop(0, s.plan.num_blocks, body, carry)
 
@@ -160,7 +160,6 @@ def _backward_ragged(
     options: _Options, x: Array, s: _Sorted, gate_up: Array, down: Array, h: Array, dout: Array
 ) -> tuple[Array, Array, Array, Array]:
     """The same four arrays through grouped GEMMs; the transposes of `ragged_dot` are JAX's own."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
     sorted_row = jnp.arange(s.token.shape[0], dtype=jnp.int32)
     inside = (sorted_row < jnp.sum(s.plan.counts))[:, None]
     rows, scale = _take(x, s.token), s.weight[:, None].astype(x.dtype)
@@ -178,7 +177,7 @@ def _backward_ragged(
     else:
         dscale = jnp.sum((drows * rows).astype(s.weight.dtype), axis=1)
         drows = drows * scale
-    return drows, dscale, dgate_up.astype(wide), ddown.astype(wide)
+    return drows, dscale, dgate_up.astype(wide(x.dtype)), ddown.astype(wide(x.dtype))
 
 
 def _choose(options: _Options, blocks, ragged, *args):

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from kernels.checks import require, require_choice, require_integer, require_shape
+from kernels.products import dot_lt, dot_rt, wide
 
 Implementation = Literal["blocks", "reference", "ragged_dot"]
 
@@ -77,8 +78,10 @@ def plan_blocks(expert_ids: Array, num_experts: int, block_size: int) -> BlockPl
     require(block_size >= 1, "block_size", block_size, "at least 1")
     num_rows = expert_ids.shape[0]
     order = jnp.argsort(expert_ids, stable=True).astype(jnp.int32)
-    position = jnp.zeros((num_rows,), jnp.int32).at[order].set(
-        jnp.arange(num_rows, dtype=jnp.int32), unique_indices=True, mode="promise_in_bounds"
+    position = (
+        jnp.zeros((num_rows,), jnp.int32)
+        .at[order]
+        .set(jnp.arange(num_rows, dtype=jnp.int32), unique_indices=True, mode="promise_in_bounds")
     )
     counts = jnp.zeros((num_experts,), jnp.int32).at[expert_ids].add(1, mode="drop")
     return BlockPlan(order, position, counts, *_blocks(counts, num_rows, block_size))
@@ -144,21 +147,11 @@ def _blocks_matmul_bwd(block_size: int, residuals: tuple[Array, Array, Array], g
         return dx, dw.at[expert[i]].add(dot_lt(x, g))
 
     dx = jnp.zeros((num_rows + block_size, x_MK.shape[1]), x_MK.dtype)
-    dx, dw = lax.fori_loop(0, num_blocks, body, (dx, jnp.zeros(w_EKN.shape, jnp.float32)))
+    dx, dw = lax.fori_loop(0, num_blocks, body, (dx, jnp.zeros(w_EKN.shape, wide(x_MK.dtype))))
     return dx[:num_rows], dw.astype(w_EKN.dtype), None
 
 
 _blocks_matmul.defvjp(_blocks_matmul_fwd, _blocks_matmul_bwd)
-
-
-def dot_rt(a: Array, b: Array) -> Array:
-    """a b^T without materialising the transpose: [m, k], [n, k] -> [m, n]."""
-    return lax.dot_general(a, b, (((1,), (1,)), ((), ())))
-
-
-def dot_lt(a: Array, b: Array) -> Array:
-    """a^T b in float32 (at least), the form weight gradients take: [m, k], [m, n] -> [k, n]."""
-    return lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
 def grouped_matmul(
