@@ -1,0 +1,57 @@
+"""Inputs of the golden files, drawn the same way by the makers (PyTorch side) and by the tests (NumPy only).
+
+Values come from the raw bits of a PCG64 stream seeded by a name: NumPy keeps that stream fixed for ever, which it does
+not promise for its normal samples.
+"""
+
+import numpy as np
+
+NUM_EXPERTS = 6
+BATCH, SEQ = 3, 8
+TOP_KS = (1, 2, 4)
+LAYERS = 2
+
+BLOCK = {"hidden": 12, "expert_dim": 10, "experts": 5, "top_k": 2, "batch": 2, "seq": 7}
+
+MODEL = {"vocab": 40, "hidden": 32, "expert_dim": 12, "experts": 6, "top_k": 2, "layers": 2, "batch": 2, "seq": 12}
+# OLMoE normalises the whole projected query width, we normalise per head: the same thing with one head.
+HEADS = {
+    "olmoe": {"heads": 1, "kv_heads": 1, "head_dim": 32},
+    "qwen3_moe": {"heads": 4, "kv_heads": 2, "head_dim": 16},
+    "mixtral": {"heads": 4, "kv_heads": 2, "head_dim": 8},
+}
+NORM_EPS, ROPE_THETA = 1e-5, 10_000.0
+
+
+def draw(name: str, shape: tuple[int, ...], scale: float = 1.0) -> np.ndarray:
+    """Uniform in [-scale, scale), float32, a function of the name alone."""
+    bits = np.random.PCG64(list(name.encode())).random_raw(int(np.prod(shape)))
+    unit = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-52 - 1.0
+    return (scale * unit).reshape(shape).astype(np.float32)
+
+
+def draw_integers(name: str, shape: tuple[int, ...], below: int) -> np.ndarray:
+    bits = np.random.PCG64(list(name.encode())).random_raw(int(np.prod(shape)))
+    return (bits % np.uint64(below)).astype(np.int64).reshape(shape)
+
+
+def balance_logits(layer: int) -> np.ndarray:
+    """Router logits [BATCH, SEQ, NUM_EXPERTS] of one layer."""
+    return draw(f"balance/logits/{layer}", (BATCH, SEQ, NUM_EXPERTS), 2.0)
+
+
+def balance_mask() -> np.ndarray:
+    """[BATCH, SEQ] bool: sequences of 8, 5 and 3 valid tokens, so means of means would be wrong."""
+    return np.arange(SEQ) < np.array([8, 5, 3])[:, None]
+
+
+def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A parameter by its Hugging Face name: norm scales near 1, routers wide for clear margins, others about 1/sqrt(d)."""
+    if "norm" in name:
+        return 1.0 + draw(name, shape, 0.3)
+    return draw(name, shape, 1.0 if name.endswith("gate.weight") else 0.25)
+
+
+def direction(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A fixed direction; a gradient's product with it is the gradient's fingerprint."""
+    return draw(f"direction/{name}", shape)
