@@ -69,6 +69,10 @@ class MeshConfig:
     fsdp: int = 1
     expert: int = 1
 
+    @property
+    def devices(self) -> int:
+        return self.data * self.fsdp * self.expert
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -101,7 +105,7 @@ class RunConfig:
             self.batch_size >= 1 and self.batch_size % self.accumulation == 0,
             "batch_size", self.batch_size, f"a positive multiple of accumulation = {self.accumulation}",
         )
-        devices = self.mesh.data * self.mesh.fsdp * self.mesh.expert
+        devices = self.mesh.devices
         per_pass = self.batch_size // self.accumulation
         require(per_pass % devices == 0, "batch_size", self.batch_size,
                 f"batch_size / accumulation = {per_pass} divisible by the mesh's {devices} devices "

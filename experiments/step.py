@@ -69,7 +69,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 def init_state(config: RunConfig, tx: optax.GradientTransformation) -> TrainState:
     """A fresh state; a function of config.seed alone. Call under jit with `state_shardings` as out_shardings."""
     key = jax.random.key(config.seed)
-    zeros = jnp.zeros((1, config.data.seq_len), jnp.int32)
+    zeros = jnp.zeros((config.mesh.devices, 8), jnp.int32)  # shapes only: one short sequence per device
     model, router_state = Transformer(config.model), init_router_state(config.model)
     params = model.init(jax.random.fold_in(key, 0), zeros, zeros, zeros, router_state, key)["params"]
     return TrainState(
@@ -198,7 +198,7 @@ def train_step(
         accumulate, seen, (batch, frequency, _pass_keys(config, step_key)), config.accumulation
     )
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    metrics = {**sums, "grad_norm": optax.global_norm(grads), "tokens": total_tokens}
+    metrics = {**sums, "grad_norm": optax.tree.norm(grads), "tokens": total_tokens}
     if seen is not None:
         metrics |= {name: value / config.accumulation for name, value in counted.items()}
         metrics |= step_metrics(seen.counts, dropped)
