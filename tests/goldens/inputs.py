@@ -46,7 +46,7 @@ def balance_mask() -> np.ndarray:
 
 
 def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A parameter by its Hugging Face name: norm scales near 1, routers wide for clear margins, others about 1/sqrt(d)."""
+    """A parameter by its Hugging Face name: norm scales near 1, routers wide (clear margins), others 1/sqrt(d)."""
     if "norm" in name:
         return 1.0 + draw(name, shape, 0.3)
     return draw(name, shape, 1.0 if name.endswith("gate.weight") else 0.25)

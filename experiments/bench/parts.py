@@ -1,0 +1,160 @@
+"""Where a train step's time goes: every part forward and backward in isolation, by the functions the model calls.
+
+Two rows are one measured layer apart: `experts` is the dense SwiGLU on T k rows (the same products without any
+routing) and `router + dispatch` is the whole MoE layer minus that: the router, top-k, sorting, gathering, combining,
+routing statistics, and what products per expert lose against one big product.
+
+Legend: T tokens, B sequences, S positions, d hidden, f expert width, k active, H heads, D head width, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.bench.peak import seconds_of
+from experiments.bench.shape import StepShape
+from experiments.step import TrainState
+from kernels.attention import attention
+from kernels.cross_entropy import cross_entropy
+from moe.layer import MoELayer, swiglu
+from moe.losses import RoutingStats
+from moe.transformer import apply_rope, rms_norm, rope_tables
+
+
+@dataclass(frozen=True)
+class Part:
+    """`call` runs the part once; a step runs it `repeats` times."""
+
+    name: str
+    repeats: int
+    call: Callable[[], Any]
+
+
+def forward_backward(fn: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    """A compiled call of `fn` and of its transpose at a cotangent of ones, with gradients of all floating arguments."""
+
+    @jax.jit
+    def run(*args: Any) -> Any:
+        out, pull = jax.vjp(fn, *args)
+        return out, pull(jax.tree.map(jnp.ones_like, out))
+
+    return lambda: run(*args)
+
+
+def normal(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
+    return scale * jnp.asarray(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
+
+
+def embedding_and_norms(shape: StepShape) -> Part:
+    """The lookup, all RMSNorms (residual, query and key) and the rotary embedding of the whole model."""
+    config = shape.run_config().model
+    b, s, h, d = shape.batch, shape.seq, shape.heads, shape.head_dim
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, shape.vocab, (b, s)))
+    cos, sin = rope_tables(jnp.broadcast_to(jnp.arange(s), (b, s)), d, config.rope_theta)
+
+    def run(embedding: jax.Array, heads: jax.Array, scale: jax.Array, head_scale: jax.Array) -> Any:
+        x = jnp.take(embedding, tokens, axis=0)
+        for _ in range(2 * shape.layers + 1):
+            x = rms_norm(x, scale, config.norm_eps)
+        for _ in range(2 * shape.layers):
+            heads = apply_rope(rms_norm(heads, head_scale, config.norm_eps), cos, sin)
+        return x, heads
+
+    args = normal(1, shape.vocab, shape.hidden), normal(2, b, s, h, d), jnp.ones(shape.hidden), jnp.ones(d)
+    return Part("embedding + norms", 1, forward_backward(run, *args))
+
+
+def attention_projections(shape: StepShape) -> Part:
+    width = shape.heads * shape.head_dim
+
+    def run(x: jax.Array, wq: jax.Array, wk: jax.Array, wv: jax.Array, mixed: jax.Array, wo: jax.Array) -> Any:
+        return x @ wq, x @ wk, x @ wv, mixed @ wo
+
+    x, mixed = normal(0, shape.batch, shape.seq, shape.hidden), normal(1, shape.batch, shape.seq, width)
+    wq, wk, wv = (normal(i, shape.hidden, width, scale=0.05) for i in (2, 3, 4))
+    call = forward_backward(run, x, wq, wk, wv, mixed, normal(5, width, shape.hidden, scale=0.05))
+    return Part("attention projections", shape.layers, call)
+
+
+def attention_products(shape: StepShape) -> Part:
+    q, k, v = (normal(i, shape.batch, shape.seq, shape.heads, shape.head_dim) for i in range(3))
+    segment_ids = jnp.ones((shape.batch, shape.seq), jnp.int32)
+    call = forward_backward(lambda q, k, v: attention(q, k, v, segment_ids), q, k, v)
+    return Part("attention products", shape.layers, call)
+
+
+def expert_products(shape: StepShape) -> Part:
+    rows = normal(0, shape.tokens * shape.top_k, shape.hidden)
+    gate_up = normal(1, shape.hidden, 2 * shape.expert_dim, scale=0.05)
+    down = normal(2, shape.expert_dim, shape.hidden, scale=0.05)
+    return Part("experts", shape.layers, forward_backward(swiglu, rows, gate_up, down))
+
+
+def moe_layer(shape: StepShape) -> Part:
+    """The model's own layer with its routing statistics, on tokens that spread over the experts."""
+    moe = shape.run_config().model.moe
+    assert moe is not None
+    layer = MoELayer(moe, init_std=0.02, out_std=0.02)
+    x = normal(0, shape.batch, shape.seq, shape.hidden)
+    tokens, key = jnp.ones(x.shape[:2], jnp.int32), jax.random.key(0)
+    params = jax.jit(layer.init)(key, x, tokens > 0, tokens, {}, key)
+
+    def run(params: Any, x: jax.Array) -> Any:
+        out, stats = cast(tuple[jax.Array, RoutingStats], layer.apply(params, x, tokens > 0, tokens, {}, key))
+        return out, stats.prob_sums, stats.z_sums
+
+    return Part("moe layer", shape.layers, forward_backward(run, params, x))
+
+
+def head_and_loss(shape: StepShape) -> Part:
+    hidden, head = normal(0, shape.tokens, shape.hidden), normal(1, shape.vocab, shape.hidden, scale=0.05)
+    targets = jnp.asarray(np.random.default_rng(2).integers(0, shape.vocab, shape.tokens))
+    weights = jnp.ones(shape.tokens)
+    call = forward_backward(lambda h, e: cross_entropy(h, e, targets, weights), hidden, head)
+    return Part("head + cross-entropy", 1, call)
+
+
+def optimiser_update(tx: optax.GradientTransformation, state: TrainState) -> Part:
+    """Clipping, moments, decay and the addition, in place as in the step."""
+
+    def run(params: Any, opt_state: Any, grads: Any) -> Any:
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    update = jax.jit(run, donate_argnums=(0, 1))
+    grads = jax.tree.map(lambda p: jnp.full_like(p, 1e-3), state.params)
+    held = jax.tree.map(jnp.copy, (state.params, state.opt_state))
+
+    def call() -> Any:
+        nonlocal held
+        held = update(*held, grads)
+        return held
+
+    return Part("optimiser update", 1, call)
+
+
+def milliseconds_per_part(
+    shape: StepShape, tx: optax.GradientTransformation, state: TrainState, samples: int = 7
+) -> dict[str, float]:
+    """Median milliseconds each part takes in one step, sampled in turns so that no part meets a quieter machine."""
+    parts = [
+        embedding_and_norms(shape), attention_projections(shape), attention_products(shape), moe_layer(shape),
+        expert_products(shape), head_and_loss(shape), optimiser_update(tx, state),
+    ]  # fmt: skip
+    seconds: dict[str, list[float]] = {part.name: [] for part in parts}
+    for sample in range(samples + 1):
+        for part in parts:
+            taken = seconds_of(part.call)
+            if sample:  # the first compiles
+                seconds[part.name].append(part.repeats * taken)
+    found = {name: 1e3 * median(values) for name, values in seconds.items()}
+    found["router + dispatch"] = found.pop("moe layer") - found["experts"]
+    return {name: found[name] for name in shape.part_flops()}
