@@ -86,8 +86,7 @@ def _head_backward(
         dk_block, dv_block = dot_lt(dscores, q), dot_lt(weights.astype(g.dtype), g)
         dk = dk_block if dk is None else dk.at[:end].add(dk_block)  # the last block covers all keys
         dv = dv_block if dv is None else dv.at[:end].add(dv_block)
-    assert dk is not None and dv is not None
-    return jnp.concatenate(dq[::-1]), dk, dv
+    return jnp.concatenate(dq[::-1]), jnp.asarray(dk), jnp.asarray(dv)
 
 
 def _unroll(num_groups: int) -> int:
@@ -127,7 +126,7 @@ def _blocks_forward(scale: float, q: Array, k: Array, v: Array, segment_ids: Arr
         heads = [_head_forward(q[:, u] * scale, k[:, u, 0], v[:, u, 0], segment) for u in range(q.shape[1])]
         return carry, tuple(jnp.stack(parts, axis=1) for parts in zip(*heads))
 
-    steps = (*(_steps(x, groups) for x in (q, k, v)), _segment_steps(segment_ids, groups))
+    steps = _steps(q, groups), _steps(k, groups), _steps(v, groups), _segment_steps(segment_ids, groups)
     _, (out, log_sum) = lax.scan(body, None, steps)
     return _unsteps(out, batch), _unsteps(log_sum, batch)
 
@@ -176,8 +175,8 @@ def _einsum_backward(
 
 def attention_reference(q: Array, k: Array, v: Array, segment_ids: Array, *, scale: float | None = None) -> Array:
     """The oracle: all scores at once. Arguments and result as in `attention`; differentiated by JAX."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _keep(_einsum_forward(scale, q, k, v, segment_ids)[0], segment_ids)
+    scale_q = q.shape[-1] ** -0.5 if scale is None else scale
+    return _keep(_einsum_forward(scale_q, q, k, v, segment_ids)[0], segment_ids)
 
 
 def _choose(implementation: Implementation, blocks, einsum, *args):

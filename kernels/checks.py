@@ -1,4 +1,4 @@
-"""The one form of bad-input error, repeated here because kernels stand on the ground and import nothing of the project."""
+"""The one form of bad-input error, here too because kernels import nothing of the project."""
 
 from __future__ import annotations
 

@@ -257,7 +257,7 @@ def grouped_swiglu(
       gate_up: [E, d, 2f], gate half first. down: [E, f, d]. Any float dtype; gradients keep it.
       block_size: rows of one block; 0 picks by the mean assignments per expert.
       scale_on: `weights` multiply the expert's output, or its input (Llama 4).
-      implementation: `blocks`, `ragged_dot`, `reference` (dense, the oracle), or `auto`: blocks on CPU, else ragged_dot.
+      implementation: `blocks`, `ragged_dot`, `reference` (dense, the oracle) or `auto`: first on CPU, else second.
 
     Returns:
       [T, d] in x's dtype.
