@@ -8,21 +8,21 @@ PY := .venv/bin/python
 # The newest interpreter of 3.11 to 3.13 that really works: it imports venv and builds one with pip inside.
 # (A Debian python3 without python3-venv and a pyenv shim without a version both look fine until then.)
 define find_python
-for name in python3.13 python3.12 python3.11 python3; do \
-  for exe in $$(type -aP $$name 2>/dev/null); do \
-    "$$exe" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || continue; \
-    rm -rf .venv; \
-    if "$$exe" -m venv .venv >/dev/null 2>&1 && .venv/bin/python -m pip --version >/dev/null 2>&1; then found=$$exe; break 2; fi; \
-  done; \
+found=; \
+for exe in $$(for name in python3.13 python3.12 python3.11 python3; do type -aP $$name 2>/dev/null; done | while read -r exe; do \
+    "$$exe" -c 'import sys, venv; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) and print(v[1], sys.argv[1])' "$$exe" 2>/dev/null; \
+  done | sort -rn -s -k1,1 | cut -d' ' -f2-); do \
+  rm -rf .venv; \
+  if "$$exe" -m venv .venv >/dev/null 2>&1 && .venv/bin/python -m pip --version >/dev/null 2>&1; then found=$$exe; break; fi; \
 done; \
-if [ -z "$$found" ]; then rm -rf .venv; echo "error: no working Python 3.11, 3.12 or 3.13 with venv and pip found on PATH" >&2; exit 1; fi; \
+if [ -z "$$found" ]; then rm -rf .venv; echo "error: no working Python 3.11, 3.12 or 3.13 with venv and pip on PATH" >&2; exit 1; fi; \
 echo "using $$found ($$($$found --version 2>&1))"
 endef
 
 .PHONY: reproduce test test-slow test-all lint types lock clean
 
 .venv/base: pyproject.toml requirements.lock
-	@found=; if ! $(PY) -m pip --version >/dev/null 2>&1; then $(find_python); fi
+	@if ! $(PY) -m pip --version >/dev/null 2>&1; then $(find_python); fi
 	$(PY) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e .
 	@touch $@
 
