@@ -103,16 +103,30 @@ class RunConfig:
         require(self.accumulation >= 1, "accumulation", self.accumulation, "at least 1")
         require(
             self.batch_size >= 1 and self.batch_size % self.accumulation == 0,
-            "batch_size", self.batch_size, f"a positive multiple of accumulation = {self.accumulation}",
+            "batch_size",
+            self.batch_size,
+            f"a positive multiple of accumulation = {self.accumulation}",
         )
         devices = self.mesh.devices
         per_pass = self.batch_size // self.accumulation
-        require(per_pass % devices == 0, "batch_size", self.batch_size,
-                f"batch_size / accumulation = {per_pass} divisible by the mesh's {devices} devices "
-                f"(data x fsdp x expert = {self.mesh.data} x {self.mesh.fsdp} x {self.mesh.expert})")
+        require(
+            per_pass % devices == 0,
+            "batch_size",
+            self.batch_size,
+            f"batch_size / accumulation = {per_pass} divisible by the mesh's {devices} devices "
+            f"(data x fsdp x expert = {self.mesh.data} x {self.mesh.fsdp} x {self.mesh.expert})",
+        )
         if self.balance.scope in ("microbatch", "shuffle_micro"):
-            require(per_pass % self.balance.micro_batch_size == 0, "balance.micro_batch_size", self.balance.micro_batch_size,
-                    f"a divisor of batch_size / accumulation = {per_pass}")
+            require(
+                per_pass % self.balance.micro_batch_size == 0,
+                "balance.micro_batch_size",
+                self.balance.micro_batch_size,
+                f"a divisor of batch_size / accumulation = {per_pass}",
+            )
         if self.model.moe is not None:
-            require(self.model.moe.num_experts % self.mesh.expert == 0, "mesh.expert", self.mesh.expert,
-                    f"a divisor of moe.num_experts = {self.model.moe.num_experts}")
+            require(
+                self.model.moe.num_experts % self.mesh.expert == 0,
+                "mesh.expert",
+                self.mesh.expert,
+                f"a divisor of moe.num_experts = {self.model.moe.num_experts}",
+            )

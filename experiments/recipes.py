@@ -1,4 +1,4 @@
-"""Recipes: functions that return a whole run. A variant replaces fields of another recipe; nothing is registered twice."""
+"""Recipes: functions that return a whole run. A variant replaces fields of another recipe."""
 
 from __future__ import annotations
 
@@ -52,8 +52,16 @@ def gpu() -> RunConfig:
     """One H100: 183M active of 1.24B parameters in bfloat16, 32 experts top-4, 131k tokens a step."""
     moe = MoEConfig(num_experts=32, top_k=4, expert_dim=1024)
     model = ModelConfig(
-        vocab_size=256, hidden=1024, num_layers=12, num_heads=16, num_kv_heads=4, head_dim=64, moe=moe,
-        qk_norm=True, compute_dtype="bfloat16", remat="dots",
+        vocab_size=256,
+        hidden=1024,
+        num_layers=12,
+        num_heads=16,
+        num_kv_heads=4,
+        head_dim=64,
+        moe=moe,
+        qk_norm=True,
+        compute_dtype="bfloat16",
+        remat="dots",
     )
     return RunConfig(
         model=model,
@@ -73,5 +81,9 @@ def cluster() -> RunConfig:
 
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
-    "smoke": smoke, "cpu": cpu, "bench": bench, "gpu": gpu, "cluster": cluster,
+    "smoke": smoke,
+    "cpu": cpu,
+    "bench": bench,
+    "gpu": gpu,
+    "cluster": cluster,
 }

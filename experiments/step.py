@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -23,7 +24,12 @@ from jax.sharding import PartitionSpec as P
 from experiments.config import OptimizerConfig, RunConfig
 from kernels.cross_entropy import cross_entropy
 from moe.losses import (
-    BalancePrior, RoutingStats, scoped_balance_loss, selection_frequency, shuffled_frequency, z_loss,
+    BalancePrior,
+    RoutingStats,
+    scoped_balance_loss,
+    selection_frequency,
+    shuffled_frequency,
+    z_loss,
 )
 from moe.metrics import pass_metrics, step_metrics
 from moe.routing import import_object
@@ -73,8 +79,13 @@ def init_state(config: RunConfig, tx: optax.GradientTransformation) -> TrainStat
     model, router_state = Transformer(config.model), init_router_state(config.model)
     params = model.init(jax.random.fold_in(key, 0), zeros, zeros, zeros, router_state, key)["params"]
     return TrainState(
-        step=jnp.int32(0), position=jnp.uint32(0), params=params, opt_state=tx.init(params),
-        router_state=router_state, method_state={}, key=jax.random.fold_in(key, 1),
+        step=jnp.int32(0),
+        position=jnp.uint32(0),
+        params=params,
+        opt_state=tx.init(params),
+        router_state=router_state,
+        method_state={},
+        key=jax.random.fold_in(key, 1),
     )
 
 
@@ -82,7 +93,7 @@ def state_shardings(abstract: TrainState, tx: optax.GradientTransformation, mesh
     """Parameters and moments by the rules of `parallel.sharding`, everything else replicated."""
     params = tree_shardings(abstract.params, mesh)
     replicated = jax.tree.map(lambda _: NamedSharding(mesh, P()), abstract)
-    return replicated.replace(params=params, opt_state=opt_state_shardings(tx, abstract.params, params))
+    return replace(replicated, params=params, opt_state=opt_state_shardings(tx, abstract.params, params))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -130,7 +141,9 @@ def step_frequency(config: RunConfig, state: TrainState, batch: Batch, step_key:
     stats = jax.lax.scan(route, None, (batch, _pass_keys(config, step_key)))[1]
     if scope == "global_exact":
         frequency = selection_frequency(stats.counts.sum(axis=(0, 2)), stats.tokens.sum(axis=(0, 2)), moe.top_k)
-        return jnp.broadcast_to(frequency[None, :, None], (config.accumulation, *frequency.shape[:1], 1, moe.num_experts))
+        return jnp.broadcast_to(
+            frequency[None, :, None], (config.accumulation, *frequency.shape[:1], 1, moe.num_experts)
+        )
     indices = stats.indices.swapaxes(0, 1)
     frequency = _shuffled(config, indices.reshape(indices.shape[0], -1, indices.shape[-1]), step_key)
     return frequency.reshape(frequency.shape[0], config.accumulation, -1, moe.num_experts).swapaxes(0, 1)
@@ -149,8 +162,17 @@ def _shuffled(config: RunConfig, indices: Array, step_key: Array) -> Array:
 
 
 def pass_loss(
-    params: Any, batch: Batch, frequency: Array | None, prior: BalancePrior | None, key: Array, step_key: Array,
-    *, config: RunConfig, router_state: Any, total_targets: Array, total_tokens: Array,
+    params: Any,
+    batch: Batch,
+    frequency: Array | None,
+    prior: BalancePrior | None,
+    key: Array,
+    step_key: Array,
+    *,
+    config: RunConfig,
+    router_state: Any,
+    total_targets: Array,
+    total_tokens: Array,
 ) -> tuple[Array, tuple[dict[str, Array], RoutingStats | None]]:
     """This pass' share of the step's loss, and its sums. Added up over passes they are the loss of the whole batch."""
     out = forward(config, params, batch, router_state, key)
@@ -162,8 +184,13 @@ def pass_loss(
         rows = stats.indices.reshape(stats.indices.shape[0], -1, moe.top_k)
         frequency = _shuffled(config, rows, step_key)
     lbl = scoped_balance_loss(
-        stats, balance.scope, top_k=moe.top_k, total_tokens=total_tokens,
-        micro_batch_size=balance.micro_batch_size, prior=prior, frequency=frequency,
+        stats,
+        balance.scope,
+        top_k=moe.top_k,
+        total_tokens=total_tokens,
+        micro_batch_size=balance.micro_batch_size,
+        prior=prior,
+        frequency=frequency,
     )
     z = z_loss(stats, total_tokens)
     own = {name: jnp.sum(v) / jnp.maximum(total_tokens, 1.0) for name, v in stats.router_losses.items()}
@@ -180,8 +207,14 @@ def train_step(
     total_tokens = jnp.sum(batch["segment_ids"][..., :-1] > 0, dtype=jnp.float32)
     frequency = step_frequency(config, state, batch, step_key)
     grad = jax.value_and_grad(
-        functools.partial(pass_loss, step_key=step_key, config=config, router_state=state.router_state,
-                          total_targets=total_targets, total_tokens=total_tokens),
+        functools.partial(
+            pass_loss,
+            step_key=step_key,
+            config=config,
+            router_state=state.router_state,
+            total_targets=total_targets,
+            total_tokens=total_tokens,
+        ),
         has_aux=True,
     )
 
@@ -202,9 +235,12 @@ def train_step(
     if seen is not None:
         metrics |= {name: value / config.accumulation for name, value in counted.items()}
         metrics |= step_metrics(seen.counts, dropped)
-    new_state = state.replace(
-        step=state.step + 1, position=state.position + jnp.uint32(config.batch_size),
-        params=optax.apply_updates(state.params, updates), opt_state=opt_state,
+    new_state = replace(
+        state,
+        step=state.step + 1,
+        position=state.position + jnp.uint32(config.batch_size),
+        params=optax.apply_updates(state.params, updates),
+        opt_state=opt_state,
     )
     return new_state, metrics
 

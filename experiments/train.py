@@ -22,7 +22,15 @@ from experiments.data.corpus import Corpus, open_corpus
 from experiments.data.pipeline import batches, make_dataset
 from experiments.evaluate import evaluate
 from experiments.logs import JsonLines, make_loggers
-from experiments.step import Batch, TrainState, batch_sharding, compile_step, init_state, make_optimizer, state_shardings
+from experiments.step import (
+    Batch,
+    TrainState,
+    batch_sharding,
+    compile_step,
+    init_state,
+    make_optimizer,
+    state_shardings,
+)
 from moe.config import require
 from moe.routing import make_router
 from parallel.checkpoint import Checkpoints
@@ -94,14 +102,22 @@ def fit(
 
 def check(config: RunConfig, corpus: Corpus) -> None:
     """What only becomes visible with the corpus and the devices at hand."""
-    require(config.model.vocab_size >= corpus.vocab_size, "model.vocab_size", config.model.vocab_size,
-            f"at least the corpus' vocabulary of {corpus.vocab_size}")
+    require(
+        config.model.vocab_size >= corpus.vocab_size,
+        "model.vocab_size",
+        config.model.vocab_size,
+        f"at least the corpus' vocabulary of {corpus.vocab_size}",
+    )
     if config.model.moe is not None:
         make_router(config.model.moe)
     processes = jax.process_count()
     per_pass = config.batch_size // config.accumulation
-    require(per_pass % processes == 0, "batch_size", config.batch_size,
-            f"batch_size / accumulation = {per_pass} divisible by {processes} processes")
+    require(
+        per_pass % processes == 0,
+        "batch_size",
+        config.batch_size,
+        f"batch_size / accumulation = {per_pass} divisible by {processes} processes",
+    )
 
 
 def fingerprint(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
@@ -136,8 +152,13 @@ def feeding(config: RunConfig, corpus: Corpus, mesh: Mesh, start_step: int) -> I
     """Batches [A, B, S + 1] on the mesh from the data position of `start_step`; process p reads its slice only."""
     dataset = make_dataset(corpus, "train", config.data.seq_len, config.seed)
     passes = config.accumulation
-    source = batches(dataset, start_step * config.batch_size, config.batch_size // passes,
-                     process_index=jax.process_index(), process_count=jax.process_count())
+    source = batches(
+        dataset,
+        start_step * config.batch_size,
+        config.batch_size // passes,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
     sharding = batch_sharding(mesh)
 
     def on_mesh() -> Iterator[Batch]:
@@ -179,8 +200,17 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
 
 
 def loop(
-    config: RunConfig, state: TrainState, step_fn: Any, feed: Iterator[Batch], saved: Checkpoints, sinks: list[Any],
-    stop: Callable[[], bool], total: int, progress: Progress | None, profile: tuple[int, int] | None, out: Path,
+    config: RunConfig,
+    state: TrainState,
+    step_fn: Any,
+    feed: Iterator[Batch],
+    saved: Checkpoints,
+    sinks: list[Any],
+    stop: Callable[[], bool],
+    total: int,
+    progress: Progress | None,
+    profile: tuple[int, int] | None,
+    out: Path,
 ) -> tuple[TrainState, list[float]]:
     """Runs steps up to `total` or until asked to stop. Metrics of step n are fetched after step n + 1 is dispatched, so
     the device never waits; before a save they are written first, so no line of a saved step can be missing."""

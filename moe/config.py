@@ -48,7 +48,12 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         require(self.num_experts >= 1, "moe.num_experts", self.num_experts, "at least 1")
-        require(1 <= self.top_k <= self.num_experts, "moe.top_k", self.top_k, f"1 <= top_k <= num_experts = {self.num_experts}")
+        require(
+            1 <= self.top_k <= self.num_experts,
+            "moe.top_k",
+            self.top_k,
+            f"1 <= top_k <= num_experts = {self.num_experts}",
+        )
         require(self.expert_dim >= 1, "moe.expert_dim", self.expert_dim, "at least 1")
         require(self.num_shared_experts >= 0, "moe.num_shared_experts", self.num_shared_experts, "0 or more")
         require(self.block_size >= 0, "moe.block_size", self.block_size, "0 (automatic) or a positive row count")
@@ -95,11 +100,30 @@ class ModelConfig:
     unroll: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim", "moe_every"):
+        for name in (
+            "vocab_size",
+            "hidden",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "ffn_dim",
+            "moe_every",
+        ):
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
-        require(self.num_heads % self.num_kv_heads == 0, "model.num_kv_heads", self.num_kv_heads, f"a divisor of num_heads = {self.num_heads}")
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            "model.num_kv_heads",
+            self.num_kv_heads,
+            f"a divisor of num_heads = {self.num_heads}",
+        )
         require(self.head_dim % 2 == 0, "model.head_dim", self.head_dim, "an even number (RoPE rotates pairs)")
-        require(0 <= self.first_dense <= self.num_layers, "model.first_dense", self.first_dense, f"0 to num_layers = {self.num_layers}")
+        require(
+            0 <= self.first_dense <= self.num_layers,
+            "model.first_dense",
+            self.first_dense,
+            f"0 to num_layers = {self.num_layers}",
+        )
         require(self.unroll >= 0, "model.unroll", self.unroll, "0 (all) or a positive layer count")
 
     @property
@@ -107,9 +131,10 @@ class ModelConfig:
         """`dense` or `moe` for each layer, bottom to top."""
         if self.moe is None:
             return ("dense",) * self.num_layers
-        rest = self.num_layers - self.first_dense
-        tail = tuple("moe" if i % self.moe_every == self.moe_every - 1 else "dense" for i in range(rest))
-        return ("dense",) * self.first_dense + tail
+        kinds: list[LayerKind] = ["dense"] * self.num_layers
+        for i in range(self.first_dense + self.moe_every - 1, self.num_layers, self.moe_every):
+            kinds[i] = "moe"
+        return tuple(kinds)
 
     @property
     def num_moe_layers(self) -> int:

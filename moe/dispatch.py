@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from kernels.grouped_ffn import grouped_swiglu
+from kernels.grouped_ffn import Implementation, grouped_swiglu
 from moe.config import MoEConfig
 from moe.routing import RouterOutput
 from parallel import exchange
@@ -54,19 +54,26 @@ class Einsum:
 class Grouped:
     """Sort by expert, grouped SwiGLU, weighted gather back: dropless, work proportional to the valid assignments."""
 
-    implementation: str = "auto"
+    implementation: Implementation = "auto"
     block_size: int = 0
 
     def apply(self, x: Array, routing: RouterOutput, experts: ExpertParams) -> Array:
         return grouped_swiglu(
-            x, routing.indices, routing.weights, routing.valid, experts.gate_up, experts.down,
-            block_size=self.block_size, scale_on=routing.scale_on, implementation=self.implementation,
+            x,
+            routing.indices,
+            routing.weights,
+            routing.valid,
+            experts.gate_up,
+            experts.down,
+            block_size=self.block_size,
+            scale_on=routing.scale_on,
+            implementation=self.implementation,
         )
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """Experts spread over a mesh axis: all-to-all, `inner` on the experts held here, all-to-all back. Inside shard_map."""
+    """Experts spread over a mesh axis: all-to-all, `inner` on those held here, all-to-all back. In shard_map."""
 
     inner: Dispatcher
     axis: str = "expert"
@@ -90,8 +97,12 @@ def _received(expert: Array, num_experts: int) -> RouterOutput:
     valid = expert < num_experts
     empty = jnp.zeros((expert.shape[0], 0), jnp.float32)
     return RouterOutput(
-        indices=jnp.where(valid, expert, 0)[:, None], weights=jnp.ones((expert.shape[0], 1), jnp.float32),
-        valid=valid[:, None], probs=empty, logits=empty, counts=empty[0],
+        indices=jnp.where(valid, expert, 0)[:, None],
+        weights=jnp.ones((expert.shape[0], 1), jnp.float32),
+        valid=valid[:, None],
+        probs=empty,
+        logits=empty,
+        counts=empty[0],
     )
 
 
@@ -99,8 +110,7 @@ def make_dispatcher(config: MoEConfig) -> Dispatcher:
     """The local dispatcher a config names."""
     if config.dispatcher == "einsum":
         return Einsum()
-    implementation = {"auto": "auto", "blocks": "blocks", "ragged": "ragged_dot"}[config.dispatcher]
-    return Grouped(implementation, config.block_size)
+    return Grouped("ragged_dot" if config.dispatcher == "ragged" else config.dispatcher, config.block_size)
 
 
 def dispatch(x: Array, routing: RouterOutput, experts: ExpertParams, local: Dispatcher) -> Array:

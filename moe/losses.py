@@ -111,15 +111,19 @@ def balance_loss(frequency: Array, prob_sums: Array, total_tokens: Array | float
     Returns:
       Scalar, 1 for uniform routing. Source: global-batch balance study 2501.11873, Eqs. 2-6.
     """
-    require(frequency.shape[-1] == prob_sums.shape[-1], "frequency", frequency.shape, f"last axis {prob_sums.shape[-1]}")
-    require(frequency.dtype == jnp.float32 or frequency.dtype == jnp.float64, "frequency.dtype", frequency.dtype, "float32")
+    require(
+        frequency.shape[-1] == prob_sums.shape[-1], "frequency", frequency.shape, f"last axis {prob_sums.shape[-1]}"
+    )
+    require(
+        frequency.dtype == jnp.float32 or frequency.dtype == jnp.float64, "frequency.dtype", frequency.dtype, "float32"
+    )
     num_layers, _, num_experts = prob_sums.shape
     product = jnp.sum(jax.lax.stop_gradient(frequency) * prob_sums)
     return num_experts * product / (num_layers * jnp.maximum(total_tokens, 1.0))
 
 
 def shuffled_frequency(indices: Array, keys: Array, sample_tokens: int, num_experts: int, top_k: int) -> Array:
-    """f from a random sample of the whole batch for every micro-batch: separates "more tokens" from "more diverse tokens".
+    """f from a random sample of the whole batch for every micro-batch: tells "more tokens" from "more diverse tokens".
 
     Args:
       indices: [L, N, K] int32 selection of all N tokens of the optimiser step, E for invalid.
@@ -143,8 +147,8 @@ def shuffled_frequency(indices: Array, keys: Array, sample_tokens: int, num_expe
 
 @struct.dataclass
 class BalancePrior:
-    """Counts of what was seen before this forward pass: the buffer of 2501.11873, Algorithm 1. Starts at zero with every
-    optimiser step; counts *and* token totals, so unequal micro-batches stay right."""
+    """Counts of what was seen before this forward pass: the buffer of 2501.11873, Algorithm 1. Starts at zero with
+    every optimiser step; counts *and* token totals, so unequal micro-batches stay right."""
 
     counts: Array  # [L, E]
     tokens: Array  # [L]

@@ -12,7 +12,7 @@ from moe.losses import RoutingStats, group_sum
 
 
 def max_violation(counts: Array) -> Array:
-    """MaxVio = max_i c_i / mean(c) - 1, [..., E] -> [...]; 0 is perfect balance, E/k - 1 the worst (2408.15664, Eq. 4)."""
+    """MaxVio = max_i c_i / mean(c) - 1, [..., E] -> [...]; 0 is balance, E/k - 1 the worst (2408.15664, Eq. 4)."""
     mean = jnp.maximum(jnp.mean(counts, axis=-1), 1e-9)
     return jnp.max(counts, axis=-1) / mean - 1.0
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import jax
@@ -59,7 +60,7 @@ class Router(Protocol):
 
 
 def expert_counts(indices: Array, valid: Array, num_experts: int) -> Array:
-    """Valid assignments per expert, [..., T, K] -> [..., E] float32 (exact below 2**24 tokens; bf16 is not above 256)."""
+    """Valid assignments per expert, [..., T, K] -> [..., E] float32 (exact below 2**24; bf16 only to 256)."""
     one_hot = jax.nn.one_hot(jnp.where(valid, indices, num_experts), num_experts, dtype=jnp.float32)
     return jnp.sum(one_hot, axis=(-3, -2))
 
@@ -67,7 +68,7 @@ def expert_counts(indices: Array, valid: Array, num_experts: int) -> Array:
 def drop_padding(routing: RouterOutput, token_valid: Array) -> RouterOutput:
     """The token policy every layer applies: assignments of padding tokens (`token_valid` [T] False) are dropped."""
     valid = routing.valid & token_valid[:, None]
-    return routing.replace(valid=valid, counts=expert_counts(routing.indices, valid, routing.probs.shape[-1]))
+    return replace(routing, valid=valid, counts=expert_counts(routing.indices, valid, routing.probs.shape[-1]))
 
 
 def import_object(path: str, what: str) -> Any:

@@ -1,7 +1,8 @@
 """Decoder-only transformer: pre-norm, RoPE, grouped-query attention, SwiGLU, dense or MoE per layer.
 
-Consecutive layers of one kind are stacked and scanned (`runs_0`, `runs_1`, ... bottom to top), so compile time does not
-grow with depth. Parameters are float32; activations run in `compute_dtype`; norms' statistics, router and loss in float32.
+Consecutive layers of one kind are stacked and scanned (`runs_0`, `runs_1`, ... bottom to top), so compile time does
+not grow with depth. Parameters are float32; activations run in `compute_dtype`; norms' statistics, router and loss in
+float32.
 
 Legend: B sequences, S positions, d hidden, H query heads, G key/value heads, D head width, V vocabulary, L MoE layers.
 """
@@ -102,7 +103,9 @@ class Block(nn.Module):
         cfg = self.config
         router_state, key = per_layer
         tokens, segment_ids, cos, sin = shared
-        x = x + Attention(cfg, name="attention")(RMSNorm(cfg.norm_eps, name="attention_norm")(x), segment_ids, (cos, sin))
+        x = x + Attention(cfg, name="attention")(
+            RMSNorm(cfg.norm_eps, name="attention_norm")(x), segment_ids, (cos, sin)
+        )
         normed = RMSNorm(cfg.norm_eps, name="ffn_norm")(x)
         if self.kind == "dense" or cfg.moe is None:
             return x + DenseFFN(cfg.ffn_dim, cfg.init_std, residual_std(cfg), name="ffn")(normed), None
@@ -147,8 +150,10 @@ class Transformer(nn.Module):
             length = len(list(group))
             state = jax.tree.map(lambda leaf: leaf[moe_layer : moe_layer + length], router_state)  # noqa: B023
             blocks = nn.scan(
-                rematerialised(Block, cfg.remat), variable_axes={"params": 0}, split_rngs={"params": True},
-                in_axes=(0, nn.broadcast), length=length, unroll=cfg.unroll or length,
+                rematerialised(Block, cfg.remat),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType] length=length, unroll=cfg.unroll or length,
             )(cfg, kind, name=f"runs_{run}")
             x, out = blocks(x, (state if kind == "moe" else {}, keys[layer : layer + length]), shared)
             layer += length

@@ -1,4 +1,4 @@
-"""AdamW with clipping, a decay mask and a warmup-cosine schedule: the baseline every other optimiser is compared with."""
+"""AdamW with clipping, a decay mask and a warmup-cosine schedule: the baseline of every other optimiser."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import optax
 
 
 def warmup_cosine(peak: float, warmup_steps: int, total_steps: int, final_fraction: float) -> optax.Schedule:
-    """Linear from 0 to `peak` over `warmup_steps`, cosine to `final_fraction * peak` at `total_steps`, constant after."""
+    """Linear to `peak` over `warmup_steps`, cosine to `final_fraction * peak` at `total_steps`, constant after."""
     warmup = min(warmup_steps, max(total_steps - 1, 0))
     return optax.warmup_cosine_decay_schedule(
-        init_value=peak / max(warmup, 1), peak_value=peak, warmup_steps=warmup,
-        decay_steps=max(total_steps, warmup + 1), end_value=peak * final_fraction,
+        init_value=peak / max(warmup, 1),
+        peak_value=peak,
+        warmup_steps=warmup,
+        decay_steps=max(total_steps, warmup + 1),
+        end_value=peak * final_fraction,
     )
 
 

@@ -26,7 +26,8 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from parallel.leaves import checksum, describe, flatten, like, target
+from parallel.intact import checksum, damaged_file, list_files, write_atomically
+from parallel.leaves import describe, flatten, like, target
 from parallel.startup import barrier, is_primary
 
 FORMAT = 1
@@ -37,8 +38,9 @@ OURS = (MARKER, MARKER + ".tmp", LOCK)
 NOTHING = {"nothing": np.zeros((), np.uint8)}
 LEFTOVER = re.compile(r"\d+\.orbax-checkpoint-tmp.*|\.deleting-\d+")
 
-# A failed save is raised by the next call here; the same traceback on stderr from a background thread only hides it.
+# What fails is raised here, once; the tracebacks that background threads and abandoned tasks print only hide it.
 logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname or record.levelno != logging.ERROR)
+logging.getLogger("asyncio").addFilter(lambda record: "tensorstore" not in str(record.exc_info) + record.getMessage())
 
 
 class CheckpointError(ValueError):
@@ -110,6 +112,8 @@ class Checkpoints:
         except Exception as error:
             self._failed(step, error)
         self._pending = (step, response)
+        if is_primary():
+            response.on_complete(lambda _: list_files(Path(self._path(step))))  # in the background, once it is complete
 
     def wait(self) -> None:
         """Returns once no save is under way.
@@ -155,13 +159,15 @@ class Checkpoints:
         if step is None or step not in self.steps():
             self._refuse(f"complete steps {self.steps()}", "a complete step" if step is None else f"step {step}")
         wanted = flatten(abstract_tree)
+        if wrong := damaged_file(Path(self._path(step))):
+            self._damaged(step, wrong)
         manifest = self._manifest(step)
         self._check(step, {path: spec for path, (spec, _) in manifest.items()}, wanted)
         targets = {path: target(leaf) for path, leaf in wanted.items() if np.size(leaf)} or NOTHING
         try:
             arrays = ocp.load(self._path(step), targets)
         except Exception as error:
-            self._damaged(step, f"{type(error).__name__}: {_first_line(error)}", error)
+            self._damaged(step, _first_line(error), error)
         leaves = {path: like(arrays.get(path), leaf) for path, leaf in wanted.items()}
         for path, value in zip(leaves, checksum(leaves)):
             if value != manifest[path][1]:
@@ -233,7 +239,7 @@ class Checkpoints:
             # A POSIX record lock: it ends with this process however it dies, and forked workers do not inherit it.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not found:
-                _write_atomically(self.directory / MARKER, {"format": FORMAT, "fingerprint": self._fingerprint})
+                write_atomically(self.directory / MARKER, {"format": FORMAT, "fingerprint": self._fingerprint})
             for path in self.directory.iterdir():
                 if LEFTOVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
@@ -246,7 +252,7 @@ class Checkpoints:
         try:
             return _read_manifest(self._path(step))
         except Exception as error:
-            self._damaged(step, f"its metadata is unreadable ({_first_line(error)})", error)
+            self._damaged(step, f"no manifest in _CHECKPOINT_METADATA ({_first_line(error)})", error)
 
     def _check(self, step: int, stored: dict[str, str], wanted: dict[str, Any]) -> None:
         expected = {path: describe(leaf) for path, leaf in wanted.items()}
@@ -279,7 +285,7 @@ class Checkpoints:
 
     def _readable(self, step: int) -> bool:
         try:
-            return bool(_read_manifest(self._path(step)))
+            return bool(_read_manifest(self._path(step))) and damaged_file(Path(self._path(step))) is None
         except Exception:
             return False
 
@@ -294,17 +300,9 @@ def _context() -> ocp.Context:
 
 
 def _read_manifest(path: str) -> dict[str, tuple[str, int]]:
-    metadata: Any = ocp.metadata(path).custom_metadata
-    return {leaf: (spec, value) for leaf, (spec, value) in metadata["leaves"].items()}
-
-
-def _write_atomically(path: Path, value: Any) -> None:
-    draft = path.with_name(path.name + ".tmp")
-    with open(draft, "w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    """dtype[shape] and checksum by leaf. The file is read directly: Orbax's reader opens all arrays besides."""
+    metadata = json.loads(Path(path, "_CHECKPOINT_METADATA").read_text())
+    return {leaf: (spec, value) for leaf, (spec, value) in metadata["custom_metadata"]["leaves"].items()}
 
 
 def _some(items: list[str], separator: str = ", ", most: int = 8) -> str:
@@ -313,4 +311,7 @@ def _some(items: list[str], separator: str = ", ", most: int = 8) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What went wrong, without the specification of the whole array that TensorStore appends."""
+    text = str(error).partition(" [tensorstore_spec")[0].strip() or type(error).__name__
+    line = text.splitlines()[0]
+    return line if len(line) <= 240 else line[:240] + " ..."

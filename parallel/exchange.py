@@ -1,8 +1,8 @@
 """Tokens to the devices that hold their experts and back: dropless, static shapes, two token all-to-alls.
 
-Every device sorts its assignments by expert, so what goes to one peer is contiguous, and copies it into a buffer of the
-most that can ever go there, C = T * min(K, E/D) rows (a token meets at most E/D experts of one device). Which row is for
-which expert follows from the [D, E] counts, gathered once (an integer all-gather, no third all-to-all).
+Every device sorts its assignments by expert, so what goes to one peer is contiguous, and copies it into a buffer of
+the most that can ever go there, C = T * min(K, E/D) rows (a token meets at most E/D experts of one device). Which row
+is for which expert follows from the [D, E] counts, gathered once (an integer all-gather, no third all-to-all).
 `jax.lax.ragged_all_to_all` would send no padding, but XLA:CPU lacks it.
 
 Legend: T local tokens, K assignments per token, d hidden, E experts, D devices on the axis, C rows per peer.

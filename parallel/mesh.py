@@ -19,7 +19,7 @@ AXES = ("data", "fsdp", "expert")
 BATCH = P(AXES)  # spec of an array whose first dimension is the batch
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, expert: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int = 1, fsdp: int = 1, expert: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of data x fsdp x expert devices with Auto axes (Explicit ones break Linen's initialisers).
 
     Raises:

@@ -21,7 +21,9 @@ from parallel.mesh import make_mesh
 MOE = MoEConfig(num_experts=8, top_k=2, expert_dim=8)
 BASE = replace(
     smoke(),
-    model=ModelConfig(vocab_size=64, hidden=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, moe=MOE, init_std=0.2),
+    model=ModelConfig(
+        vocab_size=64, hidden=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, moe=MOE, init_std=0.2
+    ),
     data=replace(smoke().data, seq_len=8),
     balance=BalanceConfig("global_exact", weight=0.1, micro_batch_size=1, z_weight=1e-3),
 )
@@ -41,7 +43,6 @@ def batch_of(config: RunConfig, seed=0, ragged=True):
     batch = {"tokens": tokens, "segment_ids": segments, "positions": positions}
     a = config.accumulation
     return {k: jnp.asarray(v.reshape(a, -1, shape[1]), jnp.int32) for k, v in batch.items()}
-
 
 
 def gradient_step(config: RunConfig, batch, mesh_shape=(1, 1, 1)):
@@ -130,16 +131,25 @@ def step_hlo(mesh_shape, forward_only):
         if not forward_only:
             return compile_step(config, tx, mesh).lower(state, batch).compile().as_text()
         rows = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype, sharding=NamedSharding(mesh, P(tuple(mesh.axis_names)))),
+            lambda a: jax.ShapeDtypeStruct(
+                a.shape[1:], a.dtype, sharding=NamedSharding(mesh, P(tuple(mesh.axis_names)))
+            ),
             batch,
         )
         run = jax.jit(lambda p, b: forward(config, p, b, {}, jax.random.key(0)).hidden)
         return run.lower(state.params, rows).compile().as_text()
 
 
-@pytest.mark.parametrize(("mesh", "forward_only", "expected"), [
-    ((1, 1, 8), True, 2), ((2, 2, 2), True, 2), ((1, 1, 8), False, 4), ((8, 1, 1), False, 0),
-], ids=str)
+@pytest.mark.parametrize(
+    ("mesh", "forward_only", "expected"),
+    [
+        ((1, 1, 8), True, 2),
+        ((2, 2, 2), True, 2),
+        ((1, 1, 8), False, 4),
+        ((8, 1, 1), False, 0),
+    ],
+    ids=str,
+)
 def test_two_token_all_to_alls_forward_per_moe_layer(mesh, forward_only, expected):
     """Both layers share one scanned body, so the program text holds each once: two forward, two more backward."""
     ops = re.findall(r" all-to-all(?:-start)?\(", step_hlo(mesh, forward_only))
@@ -156,8 +166,8 @@ def test_batch_not_divisible_by_the_mesh_names_both():
 
 
 def test_bfloat16_training_tracks_float32():
-    """Bound stated beforehand: over 50 steps the loss curves differ by less than 0.05 nats on average and 0.15 anywhere,
-    while the loss falls by more than ten times the mean bound."""
+    """Bound stated beforehand: over 50 steps the loss curves differ by less than 0.05 nats on average and 0.15
+    anywhere, while the loss falls by more than ten times the mean bound."""
     config = replace(BASE, steps=50, optimizer=replace(BASE.optimizer, learning_rate=5e-3))
     data = [batch_of(config, seed, ragged=False) for seed in range(5)]  # five batches, seen ten times: learnable
     curves = {}

@@ -1,4 +1,4 @@
-"""All dispatchers equal the oracle on one routing: values and gradients, 1 and 8 devices. A new one joins by one line."""
+"""All dispatchers equal the oracle on one routing: values, gradients, 1 and 8 devices. A new one joins by one line."""
 
 import functools
 
@@ -39,7 +39,12 @@ def routing_case(name, num_tokens=T, num_experts=E, k=K):
     weights = rng.random((num_tokens, k)).astype(np.float32)
     none = jnp.zeros((num_tokens, num_experts))
     return RouterOutput(
-        jnp.asarray(indices, jnp.int32), jnp.asarray(weights), jnp.asarray(valid), none, none, none[0],
+        jnp.asarray(indices, jnp.int32),
+        jnp.asarray(weights),
+        jnp.asarray(valid),
+        none,
+        none,
+        none[0],
         "input" if name == "scale_on_input" else "output",
     )
 
@@ -109,7 +114,8 @@ def test_sharded_equals_the_oracle_on_one_device(mesh_name, case):
     with jax.set_mesh(mesh):
         placed = ExpertParams(*(jax.device_put(w, NamedSharding(mesh, P("expert"))) for w in experts))
         sharded = routing.replace(
-            indices=jax.device_put(routing.indices, tokens), weights=jax.device_put(routing.weights, tokens),
+            indices=jax.device_put(routing.indices, tokens),
+            weights=jax.device_put(routing.weights, tokens),
             valid=jax.device_put(routing.valid, tokens),
         )
         got = value_and_grads(DISPATCHERS["blocks"], sharded, jax.device_put(x, tokens), placed, out, mesh_name)
@@ -134,7 +140,5 @@ def test_permuting_experts_or_tokens_permutes_nothing_else():
     moved = ExpertParams(experts.gate_up[order], experts.down[order])
     assert_tree_close(dispatch(x, renamed, moved, local), base)
     rows = np.random.default_rng(1).permutation(T)
-    shuffled = routing.replace(
-        indices=routing.indices[rows], weights=routing.weights[rows], valid=routing.valid[rows]
-    )
+    shuffled = routing.replace(indices=routing.indices[rows], weights=routing.weights[rows], valid=routing.valid[rows])
     assert_tree_close(dispatch(x[rows], shuffled, experts, local), base[rows])

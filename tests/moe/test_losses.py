@@ -8,11 +8,17 @@ import numpy as np
 import pytest
 
 from moe.losses import (
-    BalancePrior, balance_loss, group_sum, routing_stats, scoped_balance_loss, selection_frequency, shuffled_frequency,
+    BalancePrior,
+    balance_loss,
+    group_sum,
+    routing_stats,
+    scoped_balance_loss,
+    selection_frequency,
+    shuffled_frequency,
     z_loss,
 )
-from moe.routing import drop_padding
 from moe.routers.softmax_topk import make
+from moe.routing import drop_padding
 
 L, B, S, E, K = 2, 8, 6, 8, 2
 SCOPES = ["sequence", "microbatch", "global_prefix", "global_exact"]

@@ -1,4 +1,4 @@
-"""The model by behaviour: causality by gradients, packing, remat and scan leave values alone, precision, conventions."""
+"""The model by behaviour: causality by gradients, packing, remat and scan, precision, conventions."""
 
 from dataclasses import replace
 
@@ -130,7 +130,9 @@ def test_equal_experts_with_weights_summing_to_one_are_a_dense_ffn():
 
 def test_rms_norm_closed_form():
     x = jnp.array([[3.0, 4.0]])
-    np.testing.assert_allclose(rms_norm(x, jnp.array([1.0, 2.0]), 0.0), x / np.sqrt(12.5) * np.array([[1.0, 2.0]]), rtol=1e-6)
+    np.testing.assert_allclose(
+        rms_norm(x, jnp.array([1.0, 2.0]), 0.0), x / np.sqrt(12.5) * np.array([[1.0, 2.0]]), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,11 @@ def test_three_steps_equal_the_equations():
     rng = np.random.default_rng(0)
     for t in range(1, 4):
         grads = [rng.normal(size=x.shape) for x in expected]
-        updates, state = tx.update({"w": jnp.asarray(grads[0], jnp.float32), "norm": {"scale": jnp.asarray(grads[1], jnp.float32)}}, state, params)
+        updates, state = tx.update(
+            {"w": jnp.asarray(grads[0], jnp.float32), "norm": {"scale": jnp.asarray(grads[1], jnp.float32)}},
+            state,
+            params,
+        )
         params = optax.apply_updates(params, updates)
         norm = np.sqrt(sum((g**2).sum() for g in grads))
         grads = [g * min(1.0, clip / norm) for g in grads]

@@ -22,7 +22,9 @@ def sharded(fn, *outs):
     mesh = make_mesh(expert=D)
     spec = P("expert", None)
     return lambda *args: jax.jit(
-        jax.shard_map(fn, mesh=mesh, in_specs=(spec,) * len(args), out_specs=tuple(P("expert") for _ in outs), check_vma=False)
+        jax.shard_map(
+            fn, mesh=mesh, in_specs=(spec,) * len(args), out_specs=tuple(P("expert") for _ in outs), check_vma=False
+        )
     )(*args)
 
 
@@ -42,11 +44,11 @@ def test_each_valid_assignment_reaches_its_expert_once_and_returns(seed):
     rows, received = np.asarray(rows).reshape(D, -1), np.asarray(received).reshape(D, -1)
     got = sorted(
         (int(name), int(e) + device * (E // D))
-        for device in range(D) for name, e in zip(rows[device], received[device]) if e < E // D
+        for device in range(D)
+        for name, e in zip(rows[device], received[device])
+        if e < E // D
     )
-    expected = sorted(
-        (t + 1, int(indices[t, k])) for t in range(D * T) for k in range(K) if valid[t, k]
-    )
+    expected = sorted((t + 1, int(indices[t, k])) for t in range(D * T) for k in range(K) if valid[t, k])
     assert got == expected
     assert (rows[received == E // D] == 0).all()
     tokens = np.arange(D * T)[:, None] + 1
