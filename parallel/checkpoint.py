@@ -227,9 +227,8 @@ class Checkpoints:
             self._refuse(f"checkpoint format {form!r}", f"format {FORMAT}")
         if self._fingerprint is None or stored is None or stored == self._fingerprint:
             return
-        pairs = {k: (stored.get(k, "nothing"), self._fingerprint.get(k, "nothing")) for k in stored | self._fingerprint}
-        differ = [f"{k}: {a!r} stored, {b!r} now" for k, (a, b) in sorted(pairs.items()) if a != b]
-        self._refuse(f"checkpoints of another run ({_some(differ)})", "the same settings, or another directory")
+        differ = _some(_differences(stored, self._fingerprint))
+        self._refuse(f"checkpoints of another run ({differ})", "the same settings, or another directory")
 
     def _take_over(self, found: bool) -> None:
         """Process 0: makes and locks the directory, writes the marker, removes what killed saves left behind."""
@@ -280,7 +279,7 @@ class Checkpoints:
 
     def _damaged(self, step: int, reason: str, cause: Exception | None = None) -> NoReturn:
         older = max((s for s in self.steps() if s < step and self._readable(s)), default=None)
-        hint = "no older one" if older is None else f"step {older} is complete: move {step}/ away to go on from it"
+        hint = f"step {older} is complete: move {step}/ away to go on from it" if older is not None else "no older one"
         self._refuse(f"step {step} damaged: {reason}", f"an intact step ({hint})", cause)
 
     def _readable(self, step: int) -> bool:
@@ -303,6 +302,11 @@ def _read_manifest(path: str) -> dict[str, tuple[str, int]]:
     """dtype[shape] and checksum by leaf. The file is read directly: Orbax's reader opens all arrays besides."""
     metadata = json.loads(Path(path, "_CHECKPOINT_METADATA").read_text())
     return {leaf: (spec, value) for leaf, (spec, value) in metadata["custom_metadata"]["leaves"].items()}
+
+
+def _differences(stored: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    pairs = {name: [repr(d[name]) if name in d else "nothing" for d in (stored, now)] for name in sorted(stored | now)}
+    return [f"{name}: {before} stored, {after} now" for name, (before, after) in pairs.items() if before != after]
 
 
 def _some(items: list[str], separator: str = ", ", most: int = 8) -> str:
