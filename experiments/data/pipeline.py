@@ -1,0 +1,161 @@
+"""Token streams to batches: one domain per sequence, any element from its index alone (DESIGN contracts 7, 8).
+
+Legend: S predicted tokens per sequence, B sequences, N held-out sequences.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from experiments.data.corpus import Corpus, Stream
+from moe.config import require
+
+Sample = dict[str, np.ndarray]
+ROUNDS_PER_SHUFFLE = 16  # domains come in equal numbers within runs of this many times the number of domains
+PREFETCH = 2  # batches made ahead
+
+
+def num_windows(stream: Stream, seq_len: int) -> int:
+    """Whole windows of S + 1 tokens; neighbours share one token, so each token but the first is predicted once."""
+    return (len(stream.tokens) - 1) // seq_len
+
+
+def window(stream: Stream, index: int, seq_len: int) -> Sample:
+    """tokens, segment_ids (1, 2, ... by document), positions (from 0 in each document and at the start): int32 [S + 1]."""
+    begin = index * seq_len
+    where = np.arange(begin, begin + seq_len + 1)
+    document = np.searchsorted(stream.offsets, where, side="right")
+    positions = where - np.maximum(stream.offsets[document - 1], begin)
+    return {
+        "tokens": np.asarray(stream.tokens[begin : begin + seq_len + 1], np.int32),
+        "segment_ids": (document - document[0] + 1).astype(np.int32),
+        "positions": positions.astype(np.int32),
+    }
+
+
+class Windows:
+    """Random access to the windows of one domain, as grain wants its sources."""
+
+    def __init__(self, stream: Stream, seq_len: int, domain: int):
+        self.stream, self.seq_len, self.domain = stream, seq_len, domain
+
+    def __len__(self) -> int:
+        return num_windows(self.stream, self.seq_len)
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+        return window(self.stream, int(index), self.seq_len) | {"domain": np.int32(self.domain)}
+
+
+def _check_fits(corpus: Corpus, split: str, seq_len: int) -> None:
+    require(seq_len >= 1, "data.seq_len", seq_len, "at least 1")
+    for name in corpus.domains:
+        tokens = len(corpus.stream(name, split).tokens)
+        require(tokens > seq_len, "data.seq_len", seq_len,
+                f"at most {tokens - 1}: a window takes seq_len + 1 = {seq_len + 1} tokens, and split {split!r} of "
+                f"domain {name!r} has {tokens}")
+
+
+def make_dataset(corpus: Corpus, split: str, seq_len: int, seed: int) -> grain.MapDataset:
+    """Endless dataset; element i is a function of (seed, i) only.
+
+    Elements: tokens, segment_ids, positions int32 [S + 1], domain int32 (index into `corpus.domains`). Within each run
+    of `ROUNDS_PER_SHUFFLE * num_domains` elements domains come in equal numbers and shuffled order; a domain's windows
+    all come once, shuffled, before any comes again, in another order.
+
+    Raises:
+      ValueError: a domain's split is shorter than one window (gives both numbers).
+    """
+    _check_fits(corpus, split, seq_len)
+    seeds = np.random.SeedSequence(seed).generate_state(len(corpus.domains) + 1) >> 2  # grain adds to them, below 2^32
+    parts = [
+        grain.MapDataset.source(Windows(corpus.stream(name, split), seq_len, d)).shuffle(int(seeds[d + 1])).repeat()
+        for d, name in enumerate(corpus.domains)
+    ]
+    mixed = grain.MapDataset.mix(parts)
+    return grain.experimental.WindowShuffleMapDataset(
+        mixed, window_size=ROUNDS_PER_SHUFFLE * len(parts), seed=int(seeds[0]))
+
+
+def batch_at(dataset: grain.MapDataset, start: int, batch_size: int, process_index: int = 0,
+             process_count: int = 1) -> Sample:
+    """Samples start .. start + B - 1, stacked; process p gets the p-th of `process_count` equal runs of them.
+
+    Raises:
+      ValueError: B is not divisible by the number of processes, or p is not one of them.
+    """
+    require(process_count >= 1 and batch_size % process_count == 0, "batch_size", batch_size,
+            f"divisible by the {process_count} processes")
+    require(0 <= process_index < process_count, "process_index", process_index, f"0 to {process_count - 1}")
+    local = batch_size // process_count
+    first = start + process_index * local
+    samples = [dataset[i] for i in range(first, first + local)]
+    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
+def batches(dataset: grain.MapDataset, start: int, batch_size: int, process_index: int = 0,
+            process_count: int = 1) -> Iterator[Sample]:
+    """`batch_at` for start, start + B, start + 2B, ... without end; a thread makes the next ones meanwhile.
+
+    Close the generator (or let it go) to stop the thread.
+    """
+    waiting: collections.deque[Future[Sample]] = collections.deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        try:
+            while True:
+                while len(waiting) <= PREFETCH:
+                    waiting.append(pool.submit(batch_at, dataset, start, batch_size, process_index, process_count))
+                    start += batch_size
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def eval_sequences(corpus: Corpus, split: str, seq_len: int, tokens_per_domain: int) -> Sample:
+    """The same held-out windows every time, the same number n for each domain, spread over its whole split.
+
+    n = tokens_per_domain // S, or as many as the shortest domain has if that is fewer.
+
+    Returns:
+      tokens, segment_ids, positions int32 [N, S + 1], domain int32 [N]; N = n * num_domains, domain by domain.
+
+    Raises:
+      ValueError: tokens_per_domain < S, or a domain's split is shorter than one window.
+    """
+    _check_fits(corpus, split, seq_len)
+    require(tokens_per_domain >= seq_len, "eval_tokens_per_domain", tokens_per_domain,
+            f"at least seq_len = {seq_len}, one window")
+    streams = [corpus.stream(name, split) for name in corpus.domains]
+    counts = [num_windows(stream, seq_len) for stream in streams]
+    n = min(tokens_per_domain // seq_len, *counts)
+    samples = [window(stream, i * count // n, seq_len) | {"domain": np.int32(d)}
+               for d, (stream, count) in enumerate(zip(streams, counts)) for i in range(n)]
+    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
+class Shifted(NamedTuple):
+    """[..., S] each: what goes in, what is to be predicted, 1.0 where that prediction counts, and the inputs' ids."""
+
+    inputs: Any
+    targets: Any
+    target_weights: Any
+    segment_ids: Any
+    positions: Any
+
+
+def shift(batch: dict[str, Any]) -> Shifted:
+    """Splits samples [..., S + 1] (NumPy or JAX) into inputs and next-token targets.
+
+    A target counts if it lies in the same document as its input: the first token of a document is not predicted from
+    the one before, the end-of-document token is. Segment 0 is padding and never counts.
+    """
+    tokens, segments = batch["tokens"], batch["segment_ids"]
+    valid = (segments[..., 1:] == segments[..., :-1]) & (segments[..., :-1] > 0)
+    return Shifted(tokens[..., :-1], tokens[..., 1:], valid.astype(np.float32), segments[..., :-1],
+                   batch["positions"][..., :-1])
