@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 from typing import Any, cast
 
 import jax
@@ -109,7 +108,7 @@ def moe_layer(shape: StepShape) -> Part:
 
     def run(params: Any, x: jax.Array) -> Any:
         out, stats = cast(tuple[jax.Array, RoutingStats], layer.apply(params, x, tokens > 0, tokens, {}, key))
-        return out, stats.prob_sums, stats.z_sums
+        return out, stats.counts, stats.prob_sums, stats.z_sums
 
     return Part("moe layer", shape.layers, forward_backward(run, params, x))
 
@@ -141,20 +140,15 @@ def optimiser_update(tx: optax.GradientTransformation, state: TrainState) -> Par
     return Part("optimiser update", 1, call)
 
 
-def milliseconds_per_part(
-    shape: StepShape, tx: optax.GradientTransformation, state: TrainState, samples: int = 7
-) -> dict[str, float]:
-    """Median milliseconds each part takes in one step, sampled in turns so that no part meets a quieter machine."""
-    parts = [
+def all_parts(shape: StepShape, tx: optax.GradientTransformation, state: TrainState) -> list[Part]:
+    return [
         embedding_and_norms(shape), attention_projections(shape), attention_products(shape), moe_layer(shape),
         expert_products(shape), head_and_loss(shape), optimiser_update(tx, state),
     ]  # fmt: skip
-    seconds: dict[str, list[float]] = {part.name: [] for part in parts}
-    for sample in range(samples + 1):
-        for part in parts:
-            taken = seconds_of(part.call)
-            if sample:  # the first compiles
-                seconds[part.name].append(part.repeats * taken)
-    found = {name: 1e3 * median(values) for name, values in seconds.items()}
+
+
+def sample(parts: list[Part]) -> dict[str, float]:
+    """Seconds each part takes in one step, from one call each; the rows of `StepShape.part_flops`."""
+    found = {part.name: part.repeats * seconds_of(part.call) for part in parts}
     found["router + dispatch"] = found.pop("moe layer") - found["experts"]
-    return {name: found[name] for name in shape.part_flops()}
+    return found

@@ -70,10 +70,9 @@ def refuse_if_too_big(shape: dict[str, int], experts: str) -> None:
         raise MemoryError(f"needs {needed / 2**30:.1f} GiB of gathered weights")
 
 
-def fastest_step(shape: dict[str, int]) -> tuple[Callable[[], dict[str, float]], dict[str, Any]]:
-    """Times every variant (one step to warm up, then the best of three) and keeps the fastest."""
+def fastest_step(shape: dict[str, int], samples: int = 4) -> tuple[Callable[[], dict[str, float]], dict[str, Any]]:
+    """Builds and warms every variant, then times them in turns and keeps the one with the fastest single step."""
     steps: dict[str, Callable[[], dict[str, float]]] = {}
-    seconds: dict[str, float] = {}
     refused: dict[str, str] = {}
     for experts in EXPERTS:
         for optimiser in OPTIMISERS:
@@ -82,14 +81,15 @@ def fastest_step(shape: dict[str, int]) -> tuple[Callable[[], dict[str, float]],
                 refuse_if_too_big(shape, experts)
                 step = make_step(shape, experts, optimiser)
                 step()
-                seconds[name] = min(step()["seconds"] for _ in range(3))
-                steps = {name: step} if seconds[name] == min(seconds.values()) else steps
+                steps[name] = step
             except Exception as error:
                 refused[name] = f"{type(error).__name__}: {error}"[:200]
     if not steps:
         raise RuntimeError(f"no experts implementation ran: {refused}")
-    used, step = next(iter(steps.items()))
-    return step, {"variant": used, "variants_seconds": seconds, "refused": refused}
+    rounds = [{name: step()["seconds"] for name, step in steps.items()} for _ in range(samples)]
+    seconds = {name: min(times[name] for times in rounds) for name in steps}
+    used = min(seconds, key=seconds.__getitem__)
+    return steps[used], {"variant": used, "variants_seconds": seconds, "refused": refused}
 
 
 def matmul_rate(rows: int, inner: int, columns: int) -> float:

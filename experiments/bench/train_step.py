@@ -109,27 +109,30 @@ def measure(
     started: Iterator[tuple[str, dict[str, Any]]], workers: dict[str, Worker], shape: StepShape, rounds: int,
     console: Console,
 ) -> dict[str, Any]:
-    """The whole measurement: warm-up, peak, interleaved rounds with a peak probe each, parts."""
+    """Warm-up, then rounds: in each a step of everyone, one matmul at the peak and one sample of every part."""
     facts: dict[str, dict[str, Any]] = {}
     with phases(console, rounds) as say:
         say("building and warming up", 0)
         for name, hello in started:
             facts[name] = hello
             say(f"{name} is ready", 0)
+        say("the step in parts, warming up", 0)
+        ours = workers["ours"]
+        ours.ask("parts")
         say("matmul peak", 0)
-        workers["ours"].ask("peak")
+        ours.ask("peak")
+        parts: list[dict[str, float]] = []
         peaks: list[dict[str, Any]] = []
 
         def after(index: int) -> None:
-            peaks.append(workers["ours"].ask("probe"))
-            say(f"round {index + 1}", 1)
+            peaks.append(ours.ask("probe"))
+            parts.append(ours.ask("parts"))
+            say(f"round {index + 1} of {rounds}", 1)
 
-        say("round 0", 0)
         answers = interleave(workers, rounds, after=after)
-        say("the step in parts", 0)
-        parts = workers["ours"].ask("parts")["milliseconds"]
         own_peak = max(workers["peer"].ask("peak")["rates"].values()) if "peer" in workers else None
-    return summary(shape, facts, answers, peaks[-1], parts, own_peak)
+    milliseconds = {name: 1e3 * median(sample[name] for sample in parts) for name in parts[0]}
+    return summary(shape, facts, answers, peaks[-1], milliseconds, own_peak)
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 Arguments: the shape and the sides of the square products of the peak, both as JSON.
 
 `warm` compiles and runs three steps, `run` times one, `peak` sweeps the matmul rates, `probe` adds one sample of the
-best of them, `parts` takes the step apart. Run as a module from a source tree, it measures that tree.
+best of them, `parts` times every part of the step once (the first call compiles). Run as a module from a source tree,
+it measures that tree.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 import experiments  # noqa: E402
-from experiments.bench.parts import milliseconds_per_part  # noqa: E402
+from experiments.bench.parts import Part, all_parts, sample  # noqa: E402
 from experiments.bench.peak import PeakMeter  # noqa: E402
 from experiments.bench.shape import StepShape  # noqa: E402
 from experiments.step import compile_step, init_state, make_optimizer  # noqa: E402
@@ -45,6 +46,7 @@ class Bench:
             self.state = jax.jit(functools.partial(init_state, config, self.tx))()
             self.step = compile_step(config, self.tx, self.mesh)
         self.batch = random_batch(shape)
+        self.in_parts: list[Part] = []
 
     def run(self) -> dict[str, float]:
         with jax.set_mesh(self.mesh):
@@ -66,9 +68,10 @@ class Bench:
         self.meter.probe()
         return self._rates()
 
-    def parts(self) -> dict[str, Any]:
+    def parts(self) -> dict[str, float]:
         with jax.set_mesh(self.mesh):
-            return {"milliseconds": milliseconds_per_part(self.shape, self.tx, self.state)}
+            self.in_parts = self.in_parts or all_parts(self.shape, self.tx, self.state)
+            return sample(self.in_parts)
 
     def _rates(self) -> dict[str, Any]:
         meter = self.meter
