@@ -132,8 +132,8 @@ def fingerprint(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
         else:
             flat[prefix] = list(value) if isinstance(value, tuple) else value
 
-    add("", dataclasses.replace(config, mesh=None, checkpoint_every=0))  # type: ignore[arg-type]
-    return flat
+    add("", config)
+    return {name: value for name, value in flat.items() if name != "checkpoint_every" and not name.startswith("mesh.")}
 
 
 def restore_or_init(config: RunConfig, tx: Any, mesh: Mesh, saved: Checkpoints) -> TrainState:

@@ -130,9 +130,11 @@ class Checkpoints:
             self._pending = None
             self._failed(step, error)
         self._pending = None  # only now: a Ctrl-C while waiting must not lose sight of the save
-        if is_primary():
-            for old in self.steps()[: -self.keep]:
+        try:
+            for old in self.steps()[: -self.keep] if is_primary() else ():
                 self._remove(old)
+        finally:
+            barrier("checkpoints/pruned")  # all processes see the same steps
 
     def steps(self) -> list[int]:
         """Complete steps, oldest first. A directory under this name is complete: it got the name by a rename."""

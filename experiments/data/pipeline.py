@@ -17,7 +17,7 @@ from experiments.data.corpus import Corpus, Stream
 from moe.config import require
 
 Sample = dict[str, np.ndarray]
-ROUNDS_PER_SHUFFLE = 16  # domains come in equal numbers within runs of this many times the number of domains
+MIN_SHUFFLE = 1_024  # elements; grain's index shuffle walks cycles and is 100 times slower on fewer than about 500
 PREFETCH = 2  # batches made ahead
 
 
@@ -61,12 +61,17 @@ def _check_fits(corpus: Corpus, split: str, seq_len: int) -> None:
                 f"domain {name!r} has {tokens}")
 
 
+def shuffle_window(num_domains: int) -> int:
+    """The multiple of the number of domains from MIN_SHUFFLE up."""
+    return -(-MIN_SHUFFLE // num_domains) * num_domains
+
+
 def make_dataset(corpus: Corpus, split: str, seq_len: int, seed: int) -> grain.MapDataset:
     """Endless dataset; element i is a function of (seed, i) only.
 
     Elements: tokens, segment_ids, positions int32 [S + 1], domain int32 (index into `corpus.domains`). Within each run
-    of `ROUNDS_PER_SHUFFLE * num_domains` elements domains come in equal numbers and shuffled order; a domain's windows
-    all come once, shuffled, before any comes again, in another order.
+    of `shuffle_window(num_domains)` elements domains come in equal numbers and shuffled order; a domain's windows all
+    come once, shuffled, before any comes again, in another order (but for the reach of one such run).
 
     Raises:
       ValueError: a domain's split is shorter than one window (gives both numbers).
@@ -79,7 +84,7 @@ def make_dataset(corpus: Corpus, split: str, seq_len: int, seed: int) -> grain.M
     ]
     mixed = grain.MapDataset.mix(parts)
     return grain.experimental.WindowShuffleMapDataset(
-        mixed, window_size=ROUNDS_PER_SHUFFLE * len(parts), seed=int(seeds[0]))
+        mixed, window_size=shuffle_window(len(parts)), seed=int(seeds[0]))
 
 
 def batch_at(dataset: grain.MapDataset, start: int, batch_size: int, process_index: int = 0,

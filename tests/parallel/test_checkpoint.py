@@ -552,7 +552,8 @@ TWO = """
             if start is None or step > start:
                 saved.save(step, make(jnp.int32(step)))
         saved.wait()
-        print("\\nresult", saved.steps(), startup.is_primary(), startup.any_process(rank == 1, 1), startup.any_process(False, 2))
+        flags = [startup.any_process(rank == 1, 1), startup.any_process(False, 2)]
+        print("\\nresult", saved.steps(), startup.is_primary(), *flags)
 """
 
 
