@@ -108,25 +108,21 @@ def barrier(name: str, timeout: float = 600.0) -> None:
     if not jax.distributed.is_initialized():
         return
     _entries[name] += 1
-    try:
-        _client().wait_at_barrier(f"switchyard/{name}/{_entries[name]}", int(1000 * timeout))
-    except Exception as error:
-        missing = sorted({int(task) for task in re.findall(r"task:(\d+)", str(error))})
-        who = f"ranks {missing} are missing" if missing else str(error)
-        raise RuntimeError(f"barrier {name!r}: expected every process within {timeout:g} s; {who}") from error
+    _meet(f"switchyard/{name}/{_entries[name]}", f"barrier {name!r}", timeout)
 
 
 def any_process(flag: bool, step: int) -> bool:
-    """Whether any process says True at this step: the same answer everywhere, without waiting for the devices.
+    """Whether any process says True in this call: the same answer everywhere, without waiting for the devices.
 
-    Call it once per step on every process, with steps that do not repeat.
+    Every process must call it equally often and with the same `step`, or the call fails as `barrier` does.
     """
     if not jax.distributed.is_initialized():
         return flag
-    key = f"switchyard/flag/{step}"
+    _entries["any_process"] += 1
+    key = f"switchyard/flag/{_entries['any_process']}-{step}"
     if flag:
         _client().key_value_set(f"{key}/{global_state.process_id}", "1")
-    barrier(f"flag/{step}")
+    _meet(f"{key}/barrier", f"step {step}", timeout=600.0)
     return bool(_client().key_value_dir_get(key))
 
 
@@ -170,6 +166,16 @@ def check_cluster(timeout: float = 60.0, size_bytes: int = 16 * 2**20) -> Cluste
 def _client() -> Any:
     """The coordinator's client: barriers and a key-value store between hosts, no devices involved."""
     return global_state.client
+
+
+def _meet(key: str, what: str, timeout: float) -> None:
+    try:
+        _client().wait_at_barrier(key, int(1000 * timeout))
+    except Exception as error:
+        names = str(error).partition("timed out task names:")[2].partition("\n\n")[0]
+        late = sorted({int(rank) for rank in re.findall(r"(\d+)\s*$", names, re.MULTILINE)})
+        reason = f"ranks {late} are missing" if late else str(error)
+        raise RuntimeError(f"{what}: expected every process within {timeout:g} s; {reason}") from error
 
 
 def _given(coordinator: str | None, num_processes: int | None, process_id: int | None) -> tuple[str, int, int] | None:

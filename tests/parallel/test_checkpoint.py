@@ -579,7 +579,7 @@ def run_two(directory: Path) -> list[str]:
 def test_two_processes_save_and_one_restores_and_the_other_way_round(tmp_path):
     assert run_two(tmp_path / "c") == ["[40] True True False", "[40] False True False"]
     template = {"w": jnp.zeros((8, 4)), "key": jax.random.key(0), "step": jnp.int32(0)}
-    with Checkpoints(tmp_path / "c", fingerprint={"a": 1}) as saved:
+    with Checkpoints(tmp_path / "c", fingerprint={"a": 1}, keep=1) as saved:
         got = saved.restore(spread(template, 8, concrete=False))
         assert_same(got, {"w": jnp.arange(32.0).reshape(8, 4) + 40, "key": jax.random.key(7), "step": jnp.int32(40)})
         saved.save(100, {**got, "w": got["w"] + 60, "step": jnp.int32(100)})
