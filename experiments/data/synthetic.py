@@ -1,4 +1,4 @@
-"""A corpus made in memory: each domain is a Markov chain with its own sparse bigram table. For tests and smoke presets."""
+"""A corpus made in memory, for tests and smoke presets: a domain is a Markov chain with its own sparse bigram table."""
 
 from __future__ import annotations
 

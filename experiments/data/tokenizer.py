@@ -1,4 +1,4 @@
-"""Text to token ids. Bytes by default; byte-level BPE through `tokenizers` on request. Token 0 ends a document in both."""
+"""Text to token ids: bytes, or byte-level BPE through the optional `tokenizers`. Token 0 ends a document in both."""
 
 from __future__ import annotations
 
