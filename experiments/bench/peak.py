@@ -57,7 +57,7 @@ class PeakMeter:
         a = jnp.asarray(rng.standard_normal((rows, inner), dtype=np.float32))
         b = jnp.asarray(rng.standard_normal((inner, columns), dtype=np.float32))
         flops = 2 * rows * inner * columns
-        repeats = max(1, int(2e9 // flops))
+        repeats = min(32, max(1, int(2e9 // flops)))
         jax.block_until_ready(_matmul(a, b))
         for _ in range(samples):
             seconds = seconds_of(lambda: [_matmul(a, b) for _ in range(repeats)])
