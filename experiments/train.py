@@ -19,9 +19,9 @@ from jax.sharding import Mesh
 
 from experiments.config import RunConfig
 from experiments.data.corpus import Corpus, open_corpus
-from experiments.data.pipeline import batches, make_dataset
+from experiments.data.pipeline import batches, eval_sequences, make_dataset
 from experiments.evaluate import evaluate
-from experiments.logs import JsonLines, make_loggers
+from experiments.logs import JsonLines, check_loggers, make_loggers
 from experiments.step import (
     Batch,
     TrainState,
@@ -73,6 +73,7 @@ def fit(
     """
     total = config.steps if steps is None else steps
     require(total >= 1, "steps", total, "at least 1")
+    check_loggers(loggers)
     corpus = open_corpus(config.data)
     check(config, corpus)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.expert)
@@ -108,6 +109,9 @@ def check(config: RunConfig, corpus: Corpus) -> None:
         config.model.vocab_size,
         f"at least the corpus' vocabulary of {corpus.vocab_size}",
     )
+    make_dataset(corpus, "train", config.data.seq_len, config.seed)
+    for split in ("validation", "test"):
+        eval_sequences(corpus, split, config.data.seq_len, config.eval_tokens_per_domain)
     if config.model.moe is not None:
         make_router(config.model.moe)
     processes = jax.process_count()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import hashlib
 import io
@@ -89,14 +90,14 @@ def _pip_download(archive: Archive, tmp: Path, advance: Callable[[int], None]) -
 
 
 def _bytes_below(folder: Path, archive: Archive) -> int:
-    sizes = [0]
-    for path in folder.rglob("*"):
-        if _is_archive(archive, path.name):
-            try:
-                sizes.append(path.stat().st_size)
-            except OSError:  # pip moved it meanwhile
-                continue
-    return max(sizes)
+    """Size of the largest file that bears the archive's name; pip makes and removes folders meanwhile."""
+    largest = 0
+    for parent, _, names in os.walk(folder):  # passes over folders that vanish
+        for name in names:
+            if _is_archive(archive, name):
+                with contextlib.suppress(OSError):
+                    largest = max(largest, os.stat(os.path.join(parent, name)).st_size)
+    return largest
 
 
 def _pip_failure(archive: Archive, log: str) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import sys
 import tarfile
 from dataclasses import replace
@@ -102,3 +103,19 @@ def test_pip_that_finds_another_hash_says_both(tmp_path):
     archive = Archive("toy", "1.0", "sdist", 1.0, archive_sha256="a" * 64)
     assert dl._pip_failure(archive, log) == dl.mismatch(archive, "the archive itself", "a" * 64, "b" * 64)
     assert sys.executable not in dl._pip_failure(archive, "ERROR: no such index")
+
+
+def test_progress_survives_folders_that_pip_removes(tmp_path, monkeypatch):
+    archive = Archive("toy", "1.0", "sdist", 1.0)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "toy-1.0.tar.gz").write_bytes(b"12345")
+    (tmp_path / "scratch" / "gone").mkdir(parents=True)
+    scandir = os.scandir
+
+    def racing(path):
+        if str(path).endswith("gone"):
+            raise FileNotFoundError(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", racing)
+    assert dl._bytes_below(tmp_path, archive) == 5
