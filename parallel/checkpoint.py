@@ -27,7 +27,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from parallel.intact import checksum, damaged_file, list_files, write_atomically
-from parallel.leaves import describe, flatten, like, target
+from parallel.leaves import as_array, describe, flatten, rebuild, target
 from parallel.startup import barrier, is_primary
 
 FORMAT = 1
@@ -105,7 +105,7 @@ class Checkpoints:
         if not leaves:
             raise ValueError("tree: expected at least one leaf to save")
         manifest: Any = {path: [describe(leaf), value] for (path, leaf), value in zip(leaves.items(), checksum(leaves))}
-        arrays = {path: like(leaf) for path, leaf in leaves.items() if np.size(leaf)} or NOTHING
+        arrays = {path: as_array(leaf) for path, leaf in leaves.items() if np.size(leaf)} or NOTHING
         try:
             with _context():
                 response = ocp.save_async(self._path(step), arrays, custom_metadata={"leaves": manifest})
@@ -170,7 +170,7 @@ class Checkpoints:
             arrays = ocp.load(self._path(step), targets)
         except Exception as error:
             self._damaged(step, _first_line(error), error)
-        leaves = {path: like(arrays.get(path), leaf) for path, leaf in wanted.items()}
+        leaves = {path: rebuild(arrays.get(path), leaf) for path, leaf in wanted.items()}
         for path, value in zip(leaves, checksum(leaves)):
             if value != manifest[path][1]:
                 self._damaged(step, f"leaf {path!r} has checksum {value}, saved was {manifest[path][1]}")

@@ -21,7 +21,8 @@ def flatten(tree: Any) -> dict[str, Any]:
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
         if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic, bool, int, float, complex)):
             raise ValueError(f"leaf {path!r} = {type(leaf).__name__}: expected an array or a number")
-        if not _on_device(leaf) and np.asarray(leaf).dtype.kind not in "biufcV":  # V: bfloat16 and other small floats
+        array = as_array(leaf)
+        if isinstance(array, np.ndarray) and array.dtype.kind not in "biufcV":  # V: bfloat16 and the like
             raise ValueError(f"leaf {path!r} = {leaf!r}: expected numbers of at most 64 bits")
         if path in leaves:
             raise ValueError(f"leaf {path!r}: expected one leaf of this path, found two")
@@ -29,22 +30,24 @@ def flatten(tree: Any) -> dict[str, Any]:
     return leaves
 
 
+def as_array(leaf: Any) -> Any:
+    """Arrays of devices as they are, host values as NumPy arrays."""
+    return leaf if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)) else np.asarray(leaf)
+
+
 def describe(leaf: Any) -> str:
     """dtype and shape, such as `float32[8, 4]`, as arrays on devices really have them (64 bits need jax_enable_x64)."""
-    if not _on_device(leaf):
-        leaf = np.asarray(leaf)
-    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    dtype = leaf.dtype if is_key or not _on_device(leaf) else jax.dtypes.canonicalize_dtype(leaf.dtype)
-    return f"{dtype}{list(leaf.shape)}"
+    array = as_array(leaf)
+    on_host_or_key = isinstance(array, np.ndarray) or jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+    dtype = array.dtype if on_host_or_key else jax.dtypes.canonicalize_dtype(array.dtype)
+    return f"{dtype}{list(array.shape)}"
 
 
-def like(value: Any, example: Any = None) -> Any:
-    """`value` as what `example` is; without an example, host values are copied. None stands for no elements."""
-    if example is None:
-        return value if _on_device(value) else np.array(value)
+def rebuild(value: Any, example: Any) -> Any:
+    """The array `value`, as it was read, in the form of `example`. None stands for an array without elements."""
     if value is None:
         host = np.zeros(example.shape, example.dtype)
-        return jax.device_put(host, _placement(example)) if _on_device(example) else host
+        return host if isinstance(example, np.ndarray) else jax.device_put(host, _placement(example))
     if isinstance(example, np.generic):
         return np.asarray(value)[()]
     return type(example)(value.item()) if isinstance(example, (bool, int, float, complex)) else value
@@ -52,14 +55,10 @@ def like(value: Any, example: Any = None) -> Any:
 
 def target(leaf: Any) -> Any:
     """What Orbax is asked to read: shape, dtype and place."""
-    if _on_device(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_placement(leaf))
-    host = np.asarray(leaf)
-    return np.broadcast_to(np.zeros((), host.dtype), host.shape)
-
-
-def _on_device(leaf: Any) -> bool:
-    return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
+    array = as_array(leaf)
+    if isinstance(array, np.ndarray):
+        return np.broadcast_to(np.zeros((), array.dtype), array.shape)
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=_placement(array))
 
 
 def _placement(leaf: Any) -> Any:

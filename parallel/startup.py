@@ -127,7 +127,7 @@ def any_process(flag: bool, step: int) -> bool:
 
 
 def simulate_devices(count: int) -> None:
-    """Makes the CPU count as `count` devices (per process); call it before any JAX computation.
+    """Makes the CPU count as `count` devices (per process), whatever XLA_FLAGS say; call it before any computation.
 
     Raises:
       ValueError: count < 1.
@@ -135,7 +135,6 @@ def simulate_devices(count: int) -> None:
     """
     if count < 1:
         raise ValueError(f"devices = {count}: expected at least 1")
-    flags = os.environ.get("XLA_FLAGS", "")
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError as error:
@@ -143,7 +142,6 @@ def simulate_devices(count: int) -> None:
             return
         raise RuntimeError(f"devices = {count}: expected {jax.local_device_count()}, as JAX already runs on that many "
                            f"{jax.default_backend()} devices; simulate devices before any computation") from error
-    os.environ["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags).strip()
     jax.config.update("jax_platforms", "cpu")
 
 

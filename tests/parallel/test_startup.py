@@ -158,17 +158,18 @@ def roll_call(count: int, ranks: list[tuple[int, int]], timeout: float, stranger
 
     with ThreadPoolExecutor(8) as pool:
         first = [pool.submit(one, 0, count)]
-        if stranger:
-            visit(port)
+        for words in (b"GET / HTTP/1.1\r\n\r\n", b"", b"switchyard 1 two") if stranger else ():
+            visit(port, words)
         return [f.result() for f in first + [pool.submit(one, *rank) for rank in ranks]]
 
 
-def visit(port: int) -> None:
-    """A health check or a scan: says something else, then nothing."""
+def visit(port: int, words: bytes) -> None:
+    """A health check or a scan: it is not answered."""
     for _ in range(100):
         try:
             with socket.create_connection(("127.0.0.1", port), timeout=10) as call:
-                call.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                call.sendall(words)
+                call.shutdown(socket.SHUT_WR)
                 assert call.recv(10) == b""
             return
         except ConnectionRefusedError:
