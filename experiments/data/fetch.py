@@ -16,9 +16,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from experiments.data import DataError
 from experiments.data.corpus import Corpus, load_directory
-from experiments.data.download import fetch_archive, read_members
+from experiments.data.download import PART_PREFIX, fetch_archive, read_members
 from experiments.data.packages import ARCHIVES, CAP_BYTES, DOMAINS, RECIPE_VERSION, Archive, Domain
-from experiments.data.shards import DomainWriter, atomic_directory, write_index
+from experiments.data.shards import DomainWriter, atomic_directory, clear_leftovers, write_index
 
 MIN_DEDUP_BYTES = 40  # shorter paragraphs ("import re", "Yes") are language, not leakage
 MIN_DOCUMENT_BYTES = 64
@@ -79,6 +79,8 @@ def fetch_corpus(root: Path, console: Console | None = None, archives: tuple[Arc
     target, wanted = root / "packaged", recipe(archives, domains)
     if (corpus := _made_already(target, wanted)) is not None:
         return corpus
+    clear_leftovers(root, f".{target.name}-")
+    clear_leftovers(root / "archives", PART_PREFIX)
     columns = (TextColumn("{task.description:<32}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,6 +130,13 @@ def write_index(folder: Path, *, name: str, tokenizer: str, vocab_size: int, dom
              "dtype": token_dtype(vocab_size).name, "end_of_document": END_OF_DOCUMENT, "recipe": recipe,
              "domains": [domain | {"slug": slug(domain["name"])} for domain in domains]}
     (folder / "corpus.json").write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def clear_leftovers(folder: Path, prefix: str, older_than_s: float = 3_600.0) -> None:
+    """Removes scratch directories of killed runs; young ones may belong to a run that is alive."""
+    for path in folder.glob(f"{prefix}*"):
+        if path.is_dir() and time.time() - path.stat().st_mtime > older_than_s:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import zipfile
 from dataclasses import replace
 from itertools import pairwise
@@ -63,6 +64,16 @@ def test_a_damaged_or_outdated_corpus_is_made_again(made):
     assert fetch.fetch_corpus(root, QUIET, archives, domains).content_hash == hash_
     changed = (replace(domains[0], joiner=" / "), domains[1])
     assert fetch.fetch_corpus(root, QUIET, archives, changed).content_hash != hash_
+
+
+def test_leftovers_of_killed_runs_go_and_live_ones_stay(made):
+    root, archives, domains = made
+    old, young = root / ".packaged-old", root / "archives" / ".part-young"
+    for path in (old, young):
+        path.mkdir()
+    os.utime(old, (0, 0))
+    fetch.fetch_corpus(root, QUIET, archives, domains)
+    assert (old.exists(), young.exists()) == (False, True)
 
 
 def test_a_changed_member_leaves_no_corpus_and_no_archive(made):
