@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import signal
@@ -31,6 +30,7 @@ from experiments.step import (
     make_optimizer,
     state_shardings,
 )
+from experiments.overrides import flatten
 from moe.config import require
 from moe.routing import make_router
 from parallel.checkpoint import Checkpoints
@@ -127,16 +127,7 @@ def check(config: RunConfig, corpus: Corpus) -> None:
 def fingerprint(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
     """What must be equal for a checkpoint to be continued: the config, flattened, and the corpus. Not the mesh, nor how
     often it is saved: a run may move to other devices."""
-    flat: dict[str, Any] = {"corpus_hash": corpus.content_hash}
-
-    def add(prefix: str, value: Any) -> None:
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            for field in dataclasses.fields(value):
-                add(f"{prefix}.{field.name}" if prefix else field.name, getattr(value, field.name))
-        else:
-            flat[prefix] = list(value) if isinstance(value, tuple) else value
-
-    add("", config)
+    flat = flatten(config) | {"corpus_hash": corpus.content_hash}
     return {name: value for name, value in flat.items() if name != "checkpoint_every" and not name.startswith("mesh.")}
 
 

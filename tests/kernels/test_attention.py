@@ -45,8 +45,8 @@ def assert_close(got, want, tolerance):
 
 @pytest.fixture
 def small_query_blocks(monkeypatch):
-    """Three query blocks at tiny lengths, the last one ragged."""
-    monkeypatch.setattr(attention_module, "_QUERY_BLOCK", 10)
+    """Two query blocks at tiny lengths, the last one ragged."""
+    monkeypatch.setattr(attention_module, "_QUERY_BLOCK", 15)
     value_and_grads.clear_cache()
     yield
     value_and_grads.clear_cache()
@@ -74,7 +74,7 @@ def test_values_match_a_position_by_position_oracle(small_query_blocks, implemen
         np.testing.assert_allclose(got, want, atol=1e-12)
 
 
-@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 1), (6, 2), (5, 5), (6, 6)])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 1), (6, 2), (5, 5), (6, 6)])
 def test_gradients_match_the_reference_for_all_head_ratios(small_query_blocks, heads, groups):
     with jax.enable_x64(True):
         inputs = problem(batch=3, heads=heads, groups=groups, dtype=np.float64)

