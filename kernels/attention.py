@@ -12,6 +12,7 @@ equations of section 2.3.2), so nothing S x S outlives a loop step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -23,9 +24,10 @@ from kernels.checks import require, require_choice, require_integer, require_sha
 from kernels.products import dot_lt, dot_rt, wide
 
 Implementation = Literal["auto", "reference", "blocks"]
+Arrays = tuple[Array, ...]
 
 _MASKED = -1e30  # finite: a row of nothing but masked scores must not become NaN
-_QUERY_BLOCK = 128
+_QUERY_BLOCK = 96
 _MAX_QUERY_BLOCKS = 4
 _MAX_UNROLL = 4
 
@@ -89,27 +91,42 @@ def _head_backward(
     return jnp.concatenate(dq[::-1]), jnp.asarray(dk), jnp.asarray(dv)
 
 
+def _grouped_heads(x: Array, num_groups: int) -> Array:
+    """[B, S, H, ...] -> [B, S, G, R, ...], a free reshape."""
+    return x.reshape(*x.shape[:2], num_groups, -1, *x.shape[3:])
+
+
 def _unroll(num_groups: int) -> int:
     return max(u for u in range(1, _MAX_UNROLL + 1) if num_groups % u == 0)
 
 
-def _steps(x: Array, num_groups: int) -> Array:
-    """[B, S, G * R, ...] -> [B * G / U, S, U, R, ...]: what one loop step reads. No copy when G = U."""
-    batch, length, heads, *rest = x.shape
-    unroll = _unroll(num_groups)
-    x = x.reshape(batch, length, num_groups // unroll, unroll, heads // num_groups, *rest)
-    return jnp.moveaxis(x, 2, 1).reshape(-1, length, *x.shape[3:])
+def _over_heads(
+    head_fn: Callable[..., tuple[Array, ...]], segments_BS: Array, inputs: Arrays, outputs: Arrays
+) -> Arrays:
+    """Runs `head_fn(segments [S], *inputs [S, R, ...]) -> outputs [S, R, ...]` for every sequence and head group.
 
+    `inputs` and `outputs` are [B, S, G, R, ...]; each loop step slices and writes U head groups of one sequence, so
+    heads are never transposed in memory.
+    """
+    batch, length, groups = inputs[0].shape[:3]
+    unroll = _unroll(groups)
 
-def _unsteps(x: Array, batch: int) -> Array:
-    """The inverse: [B * G / U, S, U, R, ...] -> [B, S, H, ...]."""
-    _, length, unroll, repeats, *rest = x.shape
-    x = jnp.moveaxis(x.reshape(batch, -1, length, unroll, repeats, *rest), 1, 2)
-    return x.reshape(batch, length, -1, *rest)
+    def body(step: Array, outputs: Arrays) -> Arrays:
+        b, first = step // (groups // unroll), step % (groups // unroll) * unroll
 
+        def read(x: Array) -> Array:
+            start = (b, 0, first) + (0,) * (x.ndim - 3)
+            return lax.dynamic_slice(x, start, (1, length, unroll, *x.shape[3:]))[0]
 
-def _segment_steps(segment_BS: Array, num_groups: int) -> Array:
-    return jnp.repeat(segment_BS, num_groups // _unroll(num_groups), axis=0)
+        def write(x: Array, heads: tuple[Array, ...]) -> Array:
+            rows = jnp.stack(heads, axis=1)[None].astype(x.dtype)
+            return lax.dynamic_update_slice(x, rows, (b, 0, first) + (0,) * (x.ndim - 3))
+
+        slices = [read(x) for x in inputs]
+        results = [head_fn(segments_BS[b], *(x[:, u] for x in slices)) for u in range(unroll)]
+        return tuple(write(x, heads) for x, heads in zip(outputs, zip(*results)))
+
+    return lax.fori_loop(0, batch * (groups // unroll), body, outputs)
 
 
 def _keep(x_BSHD: Array, segment_BS: Array) -> Array:
@@ -119,37 +136,30 @@ def _keep(x_BSHD: Array, segment_BS: Array) -> Array:
 
 def _blocks_forward(scale: float, q: Array, k: Array, v: Array, segment_ids: Array) -> tuple[Array, Array]:
     """Output [B, S, H, D] (padding rows not yet zeroed) and log-sum-exp [B, S, H]."""
-    batch, groups = q.shape[0], k.shape[2]
 
-    def body(carry: None, step: tuple[Array, Array, Array, Array]):
-        q, k, v, segment = step
-        heads = [_head_forward(q[:, u] * scale, k[:, u, 0], v[:, u, 0], segment) for u in range(q.shape[1])]
-        return carry, tuple(jnp.stack(parts, axis=1) for parts in zip(*heads))
+    def head(segment_S: Array, q_SRD: Array, k_SRD: Array, v_SRD: Array) -> tuple[Array, Array]:
+        return _head_forward(q_SRD * scale, k_SRD[:, 0], v_SRD[:, 0], segment_S)
 
-    steps = _steps(q, groups), _steps(k, groups), _steps(v, groups), _segment_steps(segment_ids, groups)
-    _, (out, log_sum) = lax.scan(body, None, steps)
-    return _unsteps(out, batch), _unsteps(log_sum, batch)
+    inputs = tuple(_grouped_heads(x, k.shape[2]) for x in (q, k, v))
+    outputs = jnp.zeros_like(inputs[0]), jnp.zeros(inputs[0].shape[:4], wide(q.dtype))
+    out, log_sum = _over_heads(head, segment_ids, inputs, outputs)
+    return out.reshape(q.shape), log_sum.reshape(q.shape[:3])
 
 
 def _blocks_backward(
     scale: float, q: Array, k: Array, v: Array, segment_ids: Array, out: Array, log_sum: Array, g: Array
 ) -> tuple[Array, Array, Array]:
-    batch, groups = q.shape[0], k.shape[2]
-    delta = jnp.sum(out.astype(log_sum.dtype) * g.astype(log_sum.dtype), axis=-1)
+    """Gradients of q, k and v; `g` is zero at padding."""
 
-    def body(carry: None, step: tuple[Array, ...]):
-        q, k, v, log_sum, delta, g, segment = step
-        heads = [
-            _head_backward(q[:, u] * scale, k[:, u, 0], v[:, u, 0], segment, log_sum[:, u], delta[:, u], g[:, u])
-            for u in range(q.shape[1])
-        ]
-        dq, dk, dv = (jnp.stack(parts, axis=1) for parts in zip(*heads))
-        return carry, ((dq * scale).astype(q.dtype), dk.astype(k.dtype)[:, :, None], dv.astype(v.dtype)[:, :, None])
+    def head(segment_S: Array, q_SRD: Array, k_SRD: Array, v_SRD: Array, out: Array, log_sum: Array, g: Array):
+        delta_SR = jnp.sum(out.astype(log_sum.dtype) * g.astype(log_sum.dtype), axis=-1)
+        dq, dk, dv = _head_backward(q_SRD * scale, k_SRD[:, 0], v_SRD[:, 0], segment_S, log_sum, delta_SR, g)
+        return dq * scale, dk[:, None], dv[:, None]
 
-    steps = (*(_steps(x, groups) for x in (q, k, v, log_sum, delta, g)), _segment_steps(segment_ids, groups))
-    _, gradients = lax.scan(body, None, steps)
-    dq, dk, dv = (_unsteps(x, batch) for x in gradients)
-    return dq, dk, dv
+    inputs = tuple(_grouped_heads(x, k.shape[2]) for x in (q, k, v, out, log_sum, g))
+    outputs = tuple(jnp.zeros_like(x) for x in inputs[:3])
+    gradients = _over_heads(head, segment_ids, inputs, outputs)
+    return gradients[0].reshape(q.shape), gradients[1].reshape(k.shape), gradients[2].reshape(v.shape)
 
 
 def _einsum_forward(scale: float, q: Array, k: Array, v: Array, segment_ids: Array) -> tuple[Array, Array]:

@@ -42,18 +42,26 @@ class _Sorted(NamedTuple):
 
     plan: BlockPlan
     token: Array  # [N + B] int32
-    weight: Array  # [N + B], zero for dropped assignments
+    weight: Array  # [N + B]
 
 
 def automatic_block_size(num_assignments: int, num_experts: int) -> int:
-    """Rows of one block: large blocks run nearer to the machine's peak, small ones waste less of an expert's last."""
-    return 64 if num_assignments < 128 * num_experts else 128
+    """Rows of one block: 128, or 5/4 of the mean per expert (in steps of 16) when that mean is at most 128.
+
+    Each block reads its expert's weights and adds to their gradient, which costs as much as about 24 rows. So one block
+    that fits a nearly balanced expert beats two small ones (measured: 1.45 against 1.66 times a dense FFN at 128 rows
+    per expert), and loses little (1.69 against 1.62) when loads are skewed.
+    """
+    mean = -(-num_assignments // num_experts)
+    return 128 if mean > 128 else max(32, -(-5 * mean // 64) * 16)
 
 
 def _sort(indices: Array, weights: Array, valid: Array, num_experts: int, block_size: int) -> _Sorted:
     expert_ids = jnp.where(valid, indices, num_experts).reshape(-1)
     plan = plan_blocks(expert_ids, num_experts, block_size)
-    order = jnp.pad(plan.order, (0, block_size))
+    # Dropped assignments point at the first row: a window's tail must never read what nobody vouches for.
+    inside = jnp.arange(plan.order.shape[0], dtype=jnp.int32) < jnp.sum(plan.counts)
+    order = jnp.pad(jnp.where(inside, plan.order, plan.order[0]), (0, block_size), mode="edge")
     weight = jnp.where(valid, weights, jnp.zeros((), weights.dtype)).reshape(-1)[order]
     return _Sorted(plan, order // indices.shape[1], weight)
 
@@ -87,62 +95,66 @@ def _swiglu_transpose(h: Array, da: Array) -> Array:
 
 
 def _forward_blocks(options: _Options, x: Array, s: _Sorted, gate_up: Array, down: Array) -> tuple[Array, Array]:
-    """Sorted expert outputs Y [N + B, d] and pre-activations H [N + B, 2f]."""
+    """Sorted expert outputs Y [N + B, d] and pre-activations H [N + B, 2f].
+
+    The carried buffer holds the dispatched rows of x, and each block replaces its own by their outputs.
+    """
     size = options.block_size
 
     def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        y, h = carry
-        start, expert = s.plan.start[i], s.plan.expert[i]
-        rows = _take(x, window(s.token, start, size))
+        buffer, h = carry
+        start, stop, expert = s.plan.start[i], s.plan.stop[i], s.plan.expert[i]
+        dispatched = window(buffer, start, size)
+        rows = dispatched
         if options.scale_on == "input":
             rows = rows * window(s.weight, start, size)[:, None].astype(rows.dtype)
         h_block = rows @ gate_up[expert]
         y_block = _swiglu(h_block) @ down[expert]
-        return set_window(y, y_block, start), set_window(h, h_block, start)
+        return set_window(buffer, keep_rows(y_block, start, stop, dispatched), start), set_window(h, h_block, start)
 
-    num_rows = s.token.shape[0]
-    carry = (jnp.zeros((num_rows, x.shape[1]), x.dtype), jnp.zeros((num_rows, gate_up.shape[2]), x.dtype))
-    return lax.fori_loop(0, s.plan.num_blocks, body, carry)
+    h = jnp.zeros((s.token.shape[0], gate_up.shape[2]), x.dtype)
+    return lax.fori_loop(0, s.plan.num_blocks, body, (_take(x, s.token), h))
 
 
 def _backward_blocks(
     options: _Options, x: Array, s: _Sorted, gate_up: Array, down: Array, h: Array, dout: Array
 ) -> tuple[Array, Array, Array, Array]:
-    """Sorted dX [N + B, d], sorted d weight [N + B], d gate_up, d down (float32)."""
-    size, f = options.block_size, down.shape[1]
+    """Sorted dX [N + B, d], sorted d weight [N + B], d gate_up, d down (float32).
+
+    The carried buffer holds the dispatched rows of d out, and each block replaces its own by dX.
+    """
+    size = options.block_size
 
     def body(i: Array, carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-        dx, dweight, dgate_up, ddown = carry
+        buffer, dweight, dgate_up, ddown = carry
         start, stop, expert = s.plan.start[i], s.plan.stop[i], s.plan.expert[i]
-        token = window(s.token, start, size)
+        dispatched = window(buffer, start, size)
+        rows, g = _take(x, window(s.token, start, size)), keep_rows(dispatched, start, stop)
         scale = window(s.weight, start, size)[:, None].astype(x.dtype)
-        rows, g = _take(x, token), keep_rows(_take(dout, token), start, stop)
         h_block = window(h, start, size)
-        activation = _swiglu(h_block)
-        da = dot_rt(g, down[expert])
+        activation, da = _swiglu(h_block), dot_rt(g, down[expert])
         if options.scale_on == "output":
             dscale = jnp.sum((activation * da).astype(s.weight.dtype), axis=1)
-            da, scaled_g, scaled_rows = da * scale, g * scale, rows
+            da, activation, scaled_rows = da * scale, activation * scale, rows
         else:
-            scaled_g, scaled_rows = g, rows * scale
+            scaled_rows = rows * scale
         dh = _swiglu_transpose(h_block, da)
         drows = dot_rt(dh, gate_up[expert])
         if options.scale_on == "input":
             dscale = jnp.sum((drows * rows).astype(s.weight.dtype), axis=1)
             drows = drows * scale
         return (
-            set_window(dx, drows, start),
+            set_window(buffer, keep_rows(drows, start, stop, dispatched), start),
             set_window(dweight, dscale, start),
             dgate_up.at[expert].add(dot_lt(scaled_rows, dh)),
-            ddown.at[expert].add(dot_lt(activation, scaled_g)),
+            ddown.at[expert].add(dot_lt(activation, g)),
         )
 
-    num_rows = s.token.shape[0]
     carry = (
-        jnp.zeros((num_rows, x.shape[1]), x.dtype),
-        jnp.zeros((num_rows,), s.weight.dtype),
+        _take(dout, s.token),
+        jnp.zeros((s.token.shape[0],), s.weight.dtype),
         jnp.zeros(gate_up.shape, wide(x.dtype)),
-        jnp.zeros((gate_up.shape[0], f, x.shape[1]), wide(x.dtype)),
+        jnp.zeros(down.shape, wide(x.dtype)),
     )
     return lax.fori_loop(0, s.plan.num_blocks, body, carry)
 

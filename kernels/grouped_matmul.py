@@ -97,10 +97,10 @@ def set_window(array: Array, rows: Array, start: Array) -> Array:
     return lax.dynamic_update_slice_in_dim(array, rows.astype(array.dtype), start, 0)
 
 
-def keep_rows(rows: Array, start: Array, stop: Array) -> Array:
-    """Zeroes the tail of a window that belongs to the next groups."""
+def keep_rows(rows: Array, start: Array, stop: Array, tail: Array | None = None) -> Array:
+    """Replaces the tail of a window, which belongs to the next groups, by `tail`'s rows or by zeros."""
     inside = start + jnp.arange(rows.shape[0], dtype=jnp.int32) < stop
-    return jnp.where(inside[:, None], rows, jnp.zeros((), rows.dtype))
+    return jnp.where(inside[:, None], rows, jnp.zeros((), rows.dtype) if tail is None else tail.astype(rows.dtype))
 
 
 def group_of_row(group_sizes: Array, num_rows: int) -> Array:
