@@ -88,6 +88,12 @@ def test_an_epoch_sees_every_window_once():
     assert max(counts) - min(counts) <= 1
 
 
+def test_windows_come_from_all_over_a_domain():
+    corpus = tiny_corpus(sizes=(40_000,))
+    first = batch_at(make_dataset(corpus, "train", SEQ, seed=0), 0, 64)["tokens"][:, 0]
+    assert first.max() - first.min() > 30_000
+
+
 def test_batches_depend_on_seed_and_index_only():
     corpus = synthetic_corpus()
     whole = batch_at(make_dataset(corpus, "train", SEQ, seed=5), 0, 48)
@@ -130,6 +136,7 @@ def test_eval_takes_equal_spread_windows():
     assert data["domain"].tolist() == [0] * 10 + [1] * 10
     starts = [int(w[0]) for w in data["tokens"][:10]]
     assert len(set(starts)) == 10  # whole windows, none twice
+    assert np.all(np.diff(starts) >= 5 * SEQ)  # over the whole split, not its first documents
     short = eval_sequences(corpus, "test", SEQ, 10**6)
     assert np.bincount(short["domain"]).tolist() == [63, 63]  # what the shorter domain has, for both
 
