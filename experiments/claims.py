@@ -73,7 +73,9 @@ def judge(claim: Claim, arms: Mapping[str, Mapping[str, Sequence[float]]]) -> Ju
     """
     for name in (claim.arm, claim.baseline):
         require(name in arms, "claim.arm", name, f"one of the arms that ran: {', '.join(arms)}")
-        require(claim.metric in arms[name], "claim.metric", claim.metric, f"a metric of {name}: {', '.join(arms[name])}")
+        require(
+            claim.metric in arms[name], "claim.metric", claim.metric, f"a metric of {name}: {', '.join(arms[name])}"
+        )
     ours, theirs = arms[claim.arm][claim.metric], arms[claim.baseline][claim.metric]
     require(len(ours) == len(theirs) > 0, "seeds", (len(ours), len(theirs)), "as many of the arm as of its baseline")
     values = tuple(_compare(claim.kind, a, b) for a, b in zip(ours, theirs))

@@ -127,7 +127,7 @@ def report(check: bool = False) -> None:
     Args:
       check: write nothing; fail if the file is not what the results say.
     """
-    from experiments.report import report as write
+    from experiments.report import write
 
     write(check=check)
 
@@ -209,9 +209,7 @@ def data_build(
     """
     from experiments.data.commands import build
 
-    build(
-        source=source, out=out, domain_key=domain_key, text_key=text_key, tokenizer=tokenizer, vocab_size=vocab_size
-    )
+    build(source=source, out=out, domain_key=domain_key, text_key=text_key, tokenizer=tokenizer, vocab_size=vocab_size)
 
 
 def check_cluster() -> None:

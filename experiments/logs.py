@@ -129,7 +129,9 @@ def _load(module: str, name: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ValueError(f"log = {name!r}: expected the package {module}, see the extra: pip install -e '.[logging]'") from error
+        raise ValueError(
+            f"log = {name!r}: expected the package {module}, see the extra: pip install -e '.[logging]'"
+        ) from error
 
 
 def _kept_id(path: Path) -> str:

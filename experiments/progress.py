@@ -15,7 +15,9 @@ QUIET_SECONDS = 15.0
 class Bar:
     """Counts `total` units of work, some perhaps done before (`done`); the estimate rests on what was done since."""
 
-    def __init__(self, title: str, total: int, done: int = 0, console: Console | None = None, shown: bool = True) -> None:
+    def __init__(
+        self, title: str, total: int, done: int = 0, console: Console | None = None, shown: bool = True
+    ) -> None:
         self.console = console or Console()
         self.title, self.total, self.done, self.shown = title, total, done, shown
         self._begin, self._start, self._last = done, time.monotonic(), -QUIET_SECONDS

@@ -49,7 +49,7 @@ def run(
       ValueError: bad input, before anything is compiled or written.
       KeyboardInterrupt: after Ctrl-C, once the state is saved.
     """
-    console = console or Console()
+    console = console or wide_console()
     experiment = load(name)
     preset = select(preset_of(experiment, preset_name), arms, settings, seeds)
     for config in preset.arms.values():
@@ -238,6 +238,12 @@ def show(content: dict[str, Any], verdicts: Sequence[Judged], console: Console, 
     console.print(arms_table(content["arms"]))
     console.print(f"verdict: [bold]{content['verdict']}[/bold]")
     console.print(f"figure: {figure}", soft_wrap=True)
+
+
+def wide_console() -> Console:
+    """The terminal; where output goes to a file or a pipe, wide enough that tables do not fold."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
 
 
 def arms_table(arms: Mapping[str, Mapping[str, Any]]) -> Table:

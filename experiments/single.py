@@ -21,7 +21,7 @@ from parallel.startup import barrier, check_cluster, is_primary
 def train_one(
     config: RunConfig, out: Path, *, steps: int | None, loggers: Sequence[str], profile: tuple[int, int] | None
 ) -> None:
-    """`fit` with a progress bar and a closing table. Raises ValueError for an `out` that is not ours or not writable."""
+    """`fit` with a progress bar and a closing table; ValueError for an `out` that is not ours or not writable."""
     check(config, open_corpus(config.data))
     require(not out.exists() or out.is_dir(), "--out", str(out), "a directory, or a path where one can be made")
     foreign = sorted(p.name for p in out.iterdir())[:5] if out.exists() and not (out / "checkpoints").exists() else []

@@ -21,6 +21,7 @@ from experiments.data.corpus import Corpus, open_corpus
 from experiments.data.pipeline import batches, eval_sequences, make_dataset
 from experiments.evaluate import evaluate
 from experiments.logs import JsonLines, check_loggers, make_loggers
+from experiments.overrides import flatten
 from experiments.step import (
     Batch,
     TrainState,
@@ -30,7 +31,6 @@ from experiments.step import (
     make_optimizer,
     state_shardings,
 )
-from experiments.overrides import flatten
 from moe.config import require
 from moe.routing import make_router
 from parallel.checkpoint import Checkpoints

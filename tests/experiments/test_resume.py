@@ -118,10 +118,13 @@ def test_saved_on_eight_devices_restored_on_one_two_and_four(tmp_path: Path, cac
     run(one, cache, steps=20)
     for devices, mesh in ((1, (1, 1, 1)), (2, (1, 2, 1)), (4, (1, 2, 2))):
         out = tmp_path / f"to{devices}"
-        axes = lambda d, f, e: [x for n, v in zip(("data", "fsdp", "expert"), (d, f, e)) for x in ("--set", f"mesh.{n}={v}")]  # noqa: E731
         run(out, cache, "--devices", "8", *axes(2, 2, 2), steps=10)
         run(out, cache, "--devices", str(devices), *axes(*mesh), steps=20)
         assert_close(lines(out), lines(one))
+
+
+def axes(*sizes: int) -> list[str]:
+    return [part for name, n in zip(("data", "fsdp", "expert"), sizes) for part in ("--set", f"mesh.{name}={n}")]
 
 
 def assert_close(got: list[dict], expected: list[dict], tol: float = 1e-5) -> None:
