@@ -1,5 +1,7 @@
-"""The command line: tyro at the edge, plain functions behind it. Heavy imports stay inside the commands, so that `--help`
-and `list` answer at once and simulated devices can be asked for before JAX starts."""
+"""The command line: tyro at the edge, plain functions behind it.
+
+Heavy imports stay inside the commands, so that `--help` and `list` answer at once and simulated devices can be asked for
+before JAX starts."""
 
 from __future__ import annotations
 

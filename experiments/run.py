@@ -214,14 +214,19 @@ def described(j: Judged) -> dict[str, Any]:
 
 def within_limit(series: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
     """Every second point of the curves is left out until the whole is within 200 kB."""
-    while len(json.dumps(series)) > SERIES_BYTES:
-        curves = [key for key, value in next(iter(series.values()))[0].items() if key.startswith("loss") and value]
-        longest = max(len(run[key]) for runs in series.values() for run in runs for key in curves)
-        require(longest > 8, "series", len(json.dumps(series)), f"at most {SERIES_BYTES} bytes once curves are thinned")
-        count = lambda run: len(run["loss_steps"])  # noqa: E731
-        thin = lambda run, value: value[1::2] if isinstance(value, list) and len(value) == count(run) else value  # noqa: E731
-        series = {arm: [{k: thin(run, v) for k, v in run.items()} for run in runs] for arm, runs in series.items()}
+    while (size := len(json.dumps(series))) > SERIES_BYTES:
+        longest = max(len(run.get("loss_steps", ())) for runs in series.values() for run in runs)
+        require(longest > 8, "series", size, f"at most {SERIES_BYTES} bytes once curves are thinned")
+        series = {arm: [thinned(run) for run in runs] for arm, runs in series.items()}
     return series
+
+
+def thinned(run: dict[str, Any]) -> dict[str, Any]:
+    """Every second point of what is as long as `loss_steps`."""
+    points = len(run["loss_steps"])
+    return {
+        key: value[1::2] if isinstance(value, list) and len(value) == points else value for key, value in run.items()
+    }
 
 
 def show(content: dict[str, Any], verdicts: Sequence[Judged], console: Console, figure: Path) -> None:

@@ -22,6 +22,7 @@ from experiments.bench import report
 from experiments.bench.parts import forward_backward, moe_layer, normal
 from experiments.bench.peak import SQUARES, PeakMeter, seconds_of
 from experiments.bench.shape import StepShape
+from experiments.provenance import provenance
 from kernels.grouped_ffn import automatic_block_size
 from moe.config import require
 from moe.layer import DenseFFN
@@ -67,6 +68,7 @@ def main(
     require(rounds >= 1, "rounds", rounds, "at least 1")
     report.check_output(json)
     shape, console = shape or StepShape(), console or Console()
+    load = report.load_before(console)
     meter = PeakMeter.for_shapes(shape.matmul_shapes(), squares)
     samples: list[tuple[StepShape, float, list[float], list[float]]] = []
     with report.progress_bar(console) as bar:
@@ -78,9 +80,10 @@ def main(
             samples.append((sized, *interleaved(sized, rounds, meter, lambda: bar.advance(task))))
     layers = [figures(*of, meter.peak) for of in samples]
     result = {
-        "benchmark": "moe-layer", **report.provenance(), "shape": asdict(shape), "rounds": rounds,
+        "benchmark": "moe-layer", "shape": asdict(shape), "rounds": rounds,
         "peak": {"flops_per_second": meter.peak, "shape": meter.best_shape, "rates": meter.medians},
         "layers": {str(layer.tokens_per_expert): asdict(layer) for layer in layers},
+        "load_average_before": load, "provenance": provenance(),
     }  # fmt: skip
     report.write_json(json, result)
     console.print(shown(layers, meter))

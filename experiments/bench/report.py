@@ -1,12 +1,10 @@
-"""What every benchmark writes and shows: provenance, an atomic JSON file, a table."""
+"""What every benchmark writes and shows: how busy the machine was, an atomic JSON file, a table."""
 
 from __future__ import annotations
 
 import os
-import platform
 import tempfile
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from experiments.bench.worktree import git
 from moe.config import require
 
 
@@ -40,24 +37,12 @@ def write_json(path: Path, result: Mapping[str, Any]) -> None:
         raise
 
 
-def processor() -> str:
-    """The processor's model as the system names it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def provenance() -> dict[str, Any]:
-    """Date, commit (with a mark for uncommitted changes) and hardware; no machine paths, no host name."""
-    commit = git("rev-parse", "HEAD") or "unknown"
-    dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit + ("+changes" if dirty else ""),
-        "hardware": {"processor": processor(), "cores": cores, "system": platform.system()},
-    }  # fmt: skip
+def load_before(console: Console) -> float:
+    """The one-minute load average, with a warning where other programs would be timed as well."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > 0.25 * cores:
+        console.print(f"[yellow]load average {load:.1f} on {cores} cores: times and even ratios mean little now[/yellow]")
+    return round(load, 2)
 
 
 def progress_bar(console: Console) -> Progress:

@@ -23,6 +23,7 @@ from experiments.bench.peak import SQUARES
 from experiments.bench.protocol import Worker, WorkerError, closing_all, interleave
 from experiments.bench.shape import StepShape
 from experiments.bench.worktree import ROOT, resolve_revision, worktree
+from experiments.provenance import provenance
 from moe.config import require
 
 WORKER = "experiments/bench/train_worker.py"
@@ -54,13 +55,14 @@ def main(
     """
     shape, console = shape or StepShape(), console or Console()
     commit = check_arguments(json, peer_python, against, rounds)
+    load = report.load_before(console)
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         # Entered first, so left last: workers end before their source tree goes.
         tree = stack.enter_context(worktree(commit)) if commit else None
         stack.enter_context(closing_all(workers))
         result = measure(start_all(workers, shape, squares, peer_python, tree), workers, shape, rounds, console)
-    result = {"benchmark": "train-step", **report.provenance(), **result}
+    result = {"benchmark": "train-step", **result, "load_average_before": load, "provenance": provenance()}
     if commit:
         result["against"] |= {"revision": against, "commit": commit}
     report.write_json(json, result)

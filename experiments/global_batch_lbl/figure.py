@@ -13,7 +13,7 @@ from experiments.figures import curves, dots, heat_map, new_figure, save, styled
 
 @styled
 def draw(content: dict[str, Any], path: Path) -> None:
-    """`content` as in result.json. Top: heat maps of up to four arms. Bottom: loss, I(domain; expert), CE differences."""
+    """`content` is result.json. Top: heat maps of up to four arms. Bottom: loss, I(domain; expert), CE differences."""
     series, arms = content["series"], content["arms"]
     names = list(series)
     palette = plt.get_cmap("tab10" if len(names) <= 10 else "tab20")
@@ -55,7 +55,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
 
 
 def heat_arms(names: list[str]) -> list[str]:
-    """At most four arms side by side: all of a small preset, the three scopes at the larger weight and the control else."""
+    """At most four arms side by side: all of a small preset, else three scopes at the larger weight and the control."""
     if len(names) <= 4:
         return names
     wanted = ("micro_w0.1", "shuffle_micro_w0.1", "global_w0.1", "no_balance")
