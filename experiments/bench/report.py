@@ -41,7 +41,7 @@ def load_before(console: Console) -> float:
     """The one-minute load average, with a warning where other programs would be timed as well."""
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if load > 0.25 * cores:
-        console.print(f"[yellow]load average {load:.1f} on {cores} cores: times and even ratios mean little now[/yellow]")
+        console.print(f"[yellow]load average {load:.1f} on {cores} cores: figures mean little now[/yellow]")
     return round(load, 2)
 
 

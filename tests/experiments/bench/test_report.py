@@ -2,6 +2,7 @@ from json import loads
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from experiments.bench import report
 
@@ -24,8 +25,10 @@ def test_bad_output_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_provenance_names_commit_and_hardware_but_no_machine_path() -> None:
-    found = report.provenance()
-    assert set(found) == {"date", "commit", "hardware"}
-    assert found["hardware"]["cores"] >= 1
-    assert str(Path.home()) not in str(found)
+def test_a_busy_machine_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    for load, warned in ((0.2, False), (5.0, True)):
+        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 0.0, 0.0))
+        console = Console(record=True, width=120)
+        assert report.load_before(console) == load
+        assert ("load average 5.0 on 2 cores" in console.export_text()) == warned

@@ -52,7 +52,7 @@ def test_whole_command(fake_peer: Path, tmp_path: Path) -> None:
     assert result["peer"]["tokens_per_second"] == pytest.approx(TINY.tokens / 0.001)
     assert result["peer"]["speed_of_ours"] == pytest.approx(sum(0.001 / s for s in seconds) / 2)
     assert result["peer"]["own_matmul_peak"] == 1e9
-    assert {"date", "commit", "hardware", "versions", "shape", "flops_per_step"} <= result.keys()
+    assert {"provenance", "load_average_before", "versions", "shape", "flops_per_step"} <= result.keys()
     assert str(tmp_path) not in out.read_text()
     shown = console.export_text()
     assert "OLMoE on PyTorch (only one)" in shown
