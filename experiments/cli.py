@@ -1,7 +1,8 @@
 """The command line: tyro at the edge, plain functions behind it.
 
-Heavy imports stay inside the commands, so that `--help` and `list` answer at once and simulated devices can be asked for
-before JAX starts."""
+Heavy imports stay inside the commands, so that `--help` and `list` answer at once and simulated devices can be asked
+for before JAX starts.
+"""
 
 from __future__ import annotations
 
@@ -243,9 +244,12 @@ def start(devices: int | None) -> None:
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     from parallel.startup import initialize, simulate_devices
 
-    if devices is not None:
-        simulate_devices(devices)
-    initialize()
+    try:
+        if devices is not None:
+            simulate_devices(devices)
+        initialize()
+    except RuntimeError as error:  # a process that is missing or twice there: as plain as bad input
+        raise ValueError(str(error)) from error
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -111,7 +111,8 @@ def gpu() -> Preset:
 def paper() -> Preset:
     """The 3.4A0.6B model of the paper on 64 GPUs: 64 experts top-4 and 4 shared, 60k steps of 512 x 4096 tokens.
 
-    Depth and widths are not in the paper; these give 3.4B parameters, 0.6B active [reconstructed].
+    Depth and widths are not in the paper [reconstructed]: these give 3.4B parameters, 0.47B active without embeddings
+    (bytes here; the paper's vocabulary is far larger). AdamW's rate is ours too.
     """
     moe = MoEConfig(num_experts=64, top_k=4, expert_dim=640, num_shared_experts=4)
     model = ModelConfig(
