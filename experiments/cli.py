@@ -217,6 +217,7 @@ def data_build(
 
 def check_cluster() -> None:
     """Ranks, hosts, devices, coordinator, one collective's bandwidth; names a missing rank instead of hanging."""
+    start(None)
     from experiments.single import print_cluster
 
     print_cluster()

@@ -209,5 +209,6 @@ def test_bad_input_names_field_and_value(change, message):
         grouped_swiglu(**(dict(zip(names, problem())) | change))
 
 
-def test_automatic_block_size_shrinks_with_the_group():
-    assert automatic_block_size(8192, 16) >= automatic_block_size(8192, 128)
+@pytest.mark.parametrize(("mean", "size"), [(1, 32), (64, 80), (128, 160), (256, 128), (512, 192), (4096, 256)])
+def test_automatic_block_size_follows_the_mean_load(mean, size):
+    assert automatic_block_size(16 * mean, 16) == size
