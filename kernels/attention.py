@@ -27,7 +27,7 @@ Implementation = Literal["auto", "reference", "blocks"]
 Arrays = tuple[Array, ...]
 
 _MASKED = -1e30  # finite: a row of nothing but masked scores must not become NaN
-_QUERY_BLOCK = 96
+_QUERY_BLOCK = 64
 _MAX_QUERY_BLOCKS = 4
 _MAX_UNROLL = 4
 
