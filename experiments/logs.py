@@ -52,10 +52,10 @@ def _lines_up_to(content: bytes, step: int) -> bytes:
     kept = []
     for line in content.splitlines(keepends=True):
         try:
-            row = json.loads(line)
-        except ValueError:
+            at = json.loads(line)["step"]
+        except (ValueError, TypeError, LookupError):
             break  # torn: nothing after it can be trusted
-        if not line.endswith(b"\n") or row["step"] > step:
+        if not line.endswith(b"\n") or at > step:
             break
         kept.append(line)
     return b"".join(kept)
@@ -80,8 +80,9 @@ class Wandb:
     """One W&B run per output directory (its id is kept there, so a resumed run goes on); WANDB_MODE is honoured."""
 
     def __init__(self, out: Path, start: int) -> None:
+        wandb = _load("wandb", "wandb")
         run_id = _kept_id(out / "wandb-id")
-        self._run = _load("wandb", "wandb").init(project="switchyard", id=run_id, resume="allow", dir=str(out))
+        self._run = wandb.init(project="switchyard", id=run_id, resume="allow", dir=str(out))
 
     def log(self, step: int, metrics: Metrics) -> None:
         self._run.log(dict(metrics), step=step)
