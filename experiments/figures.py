@@ -48,7 +48,7 @@ def save(figure: Figure, path: Path) -> None:
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """Centred running mean, shorter at the ends."""
-    kernel = np.ones(window)
+    kernel = np.ones(min(window, len(values)))  # "same" is as long as the longer of the two
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 
 
