@@ -30,7 +30,7 @@ from moe.transformer import apply_rope, rms_norm, rope_tables
 
 @dataclass(frozen=True)
 class Part:
-    """`call` runs the part once; a step runs it `repeats` times."""
+    """`call` runs a piece once; a step runs it `repeats` times. Pieces of one name are one row."""
 
     name: str
     repeats: int
@@ -52,23 +52,24 @@ def normal(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
     return scale * jnp.asarray(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
 
 
-def embedding_and_norms(shape: StepShape) -> Part:
-    """The lookup, all RMSNorms (residual, query and key) and the rotary embedding of the whole model."""
+def embedding_and_norms(shape: StepShape) -> list[Part]:
+    """The lookup, every residual RMSNorm, and what queries and keys pass: an RMSNorm per head and the rotation.
+
+    Apart, not chained in one program: the compiler would fuse neighbours that the model keeps asunder.
+    """
     config = shape.run_config().model
     b, s, h, d = shape.batch, shape.seq, shape.heads, shape.head_dim
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, shape.vocab, (b, s)))
     cos, sin = rope_tables(jnp.broadcast_to(jnp.arange(s), (b, s)), d, config.rope_theta)
 
-    def run(embedding: jax.Array, heads: jax.Array, scale: jax.Array, head_scale: jax.Array) -> Any:
-        x = jnp.take(embedding, tokens, axis=0)
-        for _ in range(2 * shape.layers + 1):
-            x = rms_norm(x, scale, config.norm_eps)
-        for _ in range(2 * shape.layers):
-            heads = apply_rope(rms_norm(heads, head_scale, config.norm_eps), cos, sin)
-        return x, heads
+    def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+        return rms_norm(x, scale, config.norm_eps)
 
-    args = normal(1, shape.vocab, shape.hidden), normal(2, b, s, h, d), jnp.ones(shape.hidden), jnp.ones(d)
-    return Part("embedding + norms", 1, forward_backward(run, *args))
+    lookup = forward_backward(lambda table: jnp.take(table, tokens, axis=0), normal(1, shape.vocab, shape.hidden))
+    residual = forward_backward(norm, normal(2, b, s, shape.hidden), jnp.ones(shape.hidden))
+    heads = forward_backward(lambda x, scale: apply_rope(norm(x, scale), cos, sin), normal(3, b, s, h, d), jnp.ones(d))
+    calls = (1, lookup), (2 * shape.layers + 1, residual), (2 * shape.layers, heads)
+    return [Part("embedding + norms", repeats, call) for repeats, call in calls]
 
 
 def attention_projections(shape: StepShape) -> Part:
@@ -142,13 +143,15 @@ def optimiser_update(tx: optax.GradientTransformation, state: TrainState) -> Par
 
 def all_parts(shape: StepShape, tx: optax.GradientTransformation, state: TrainState) -> list[Part]:
     return [
-        embedding_and_norms(shape), attention_projections(shape), attention_products(shape), moe_layer(shape),
+        *embedding_and_norms(shape), attention_projections(shape), attention_products(shape), moe_layer(shape),
         expert_products(shape), head_and_loss(shape), optimiser_update(tx, state),
     ]  # fmt: skip
 
 
 def sample(parts: list[Part]) -> dict[str, float]:
-    """Seconds each part takes in one step, from one call each; the rows of `StepShape.part_flops`."""
-    found = {part.name: part.repeats * seconds_of(part.call) for part in parts}
+    """Seconds each part takes in one step, from one call of every piece; the rows of `StepShape.part_flops`."""
+    found = {part.name: 0.0 for part in parts}
+    for part in parts:
+        found[part.name] += part.repeats * seconds_of(part.call)
     found["router + dispatch"] = found.pop("moe layer") - found["experts"]
     return found
