@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.claims import Judged, judge, mean_std, overall, stated
+from experiments.config import RunConfig
 from experiments.data.corpus import open_corpus
 from experiments.dry_run import dry_run
 from experiments.experiment import Experiment, Preset, load, preset_of
@@ -125,7 +126,7 @@ def prepare(out: Path, experiment: Experiment, preset_name: str, preset: Preset)
 
 def probe(out: Path) -> None:
     """Raises ValueError if a directory cannot be made or a megabyte not written there; leaves nothing behind."""
-    made = not out.exists()
+    made = [path for path in (out, *out.parents) if not path.exists()]
     trial = out / ".probe"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -135,8 +136,8 @@ def probe(out: Path) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         trial.unlink(missing_ok=True) if out.is_dir() else None
-        if made and out.is_dir():
-            out.rmdir()
+        for path in filter(Path.is_dir, made):
+            path.rmdir()
         reason = error.strerror or str(error)
         raise ValueError(f"--out = {str(out)!r}: expected a writable directory with free space ({reason})") from error
     trial.unlink()
@@ -189,10 +190,15 @@ def collect(
             "corpus_hash": open_corpus(any_config.data).content_hash,
             "seeds": preset.seeds,
             "wall_seconds": round(wall, 1),
-            "config": {arm: flatten(config) for arm, config in preset.arms.items()},
+            "config": {arm: published(config) for arm, config in preset.arms.items()},
         },
         "series": within_limit(series),
     }
+
+
+def published(config: RunConfig) -> dict[str, Any]:
+    """The config without the place of one's own corpus on this machine; `corpus_hash` says which one it is."""
+    return flatten(config) | {"data.corpus": Path(config.data.corpus).name}
 
 
 def judged(preset: Preset, arms: Mapping[str, Mapping[str, Any]]) -> list[Judged]:
