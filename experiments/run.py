@@ -18,6 +18,7 @@ from experiments.config import RunConfig
 from experiments.data.corpus import open_corpus
 from experiments.dry_run import dry_run
 from experiments.experiment import Experiment, Preset, load, preset_of
+from experiments.logs import check_loggers
 from experiments.overrides import flatten, with_overrides
 from experiments.progress import Bar
 from experiments.provenance import provenance
@@ -53,6 +54,7 @@ def run(
     console = console or wide_console()
     experiment = load(name)
     preset = select(preset_of(experiment, preset_name), arms, settings, seeds)
+    check_loggers(loggers)
     for config in preset.arms.values():
         check(config, open_corpus(config.data))
     prepare(out, experiment, preset_name, preset)

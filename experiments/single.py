@@ -13,6 +13,7 @@ from rich.table import Table
 from experiments.config import RunConfig
 from experiments.data.corpus import open_corpus
 from experiments.dry_run import dry_run
+from experiments.logs import check_loggers
 from experiments.progress import Bar
 from experiments.run import probe
 from experiments.train import check, fit
@@ -24,6 +25,8 @@ def train_one(
     config: RunConfig, out: Path, *, steps: int | None, loggers: Sequence[str], profile: tuple[int, int] | None
 ) -> None:
     """`fit` with a progress bar and a closing table; ValueError for an `out` that is not ours or not writable."""
+    require(steps is None or steps >= 1, "steps", steps, "at least 1")
+    check_loggers(loggers)
     check(config, open_corpus(config.data))
     require(not out.exists() or out.is_dir(), "--out", str(out), "a directory, or a path where one can be made")
     foreign = sorted(p.name for p in out.iterdir())[:5] if out.exists() and not (out / "checkpoints").exists() else []

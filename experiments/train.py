@@ -114,6 +114,8 @@ def check(config: RunConfig, corpus: Corpus) -> None:
         eval_sequences(corpus, split, config.data.seq_len, config.eval_tokens_per_domain)
     if config.model.moe is not None:
         make_router(config.model.moe)
+    make_optimizer(config.optimizer, config.steps)
+    make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.expert)
     processes = jax.process_count()
     per_pass = config.batch_size // config.accumulation
     require(
@@ -211,7 +213,7 @@ def loop(
     the device never waits; before a save they are written first, so no line of a saved step can be missing."""
     pending: tuple[int, dict[str, Any]] | None = None
     times: list[float] = []
-    mark = time.perf_counter()
+    mark, tracing = time.perf_counter(), False
 
     def write() -> None:
         nonlocal pending, mark
@@ -229,15 +231,17 @@ def loop(
 
     step = int(state.step)
     while step < total:
-        if profile and step + 1 == profile[0]:
+        if profile and not tracing and profile[0] <= step + 1 <= profile[1]:
             jax.profiler.start_trace(str(out / "profile"))
+            tracing = True
         state, metrics = step_fn(state, next(feed))
         write()
         step, pending = step + 1, (step + 1, metrics)
-        if profile and step == profile[1]:
+        stopping = any_process(stop(), step)
+        if profile and tracing and (stopping or step in (profile[1], total)):
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()
-        stopping = any_process(stop(), step)
+            tracing = False
         if stopping or step == total or (config.checkpoint_every and step % config.checkpoint_every == 0):
             write()
             saved.save(step, state)

@@ -18,7 +18,7 @@ from experiments import run as runner
 from experiments.claims import Claim
 from experiments.data.synthetic import synthetic_corpus
 from experiments.experiment import Experiment, Preset
-from experiments.run import SERIES_BYTES, run
+from experiments.run import run
 from experiments.train import FitResult
 
 NAME = "fake_package.study"
@@ -199,7 +199,7 @@ def test_a_full_disk_is_noticed_before_training_and_leaves_nothing(fit, tmp_path
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(runner.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     out = tmp_path / "a" / "b"
     if there:
         out.mkdir(parents=True)
@@ -236,9 +236,9 @@ def test_what_an_experiment_fails_to_import_is_not_called_a_missing_experiment(f
 def test_long_curves_are_thinned_to_the_limit_and_the_rest_is_kept(fit, tmp_path):
     fit.points = 4096
     content = quiet(tmp_path / "out")
-    assert len(json.dumps(content["series"])) <= SERIES_BYTES
+    assert len(json.dumps(content["series"])) <= 200_000
     one = content["series"]["mid"][1]
-    assert len(one["loss"]) == len(one["loss_steps"]) >= 512
+    assert len(one["loss"]) == len(one["loss_steps"]) >= 32
     assert one["loss_steps"][-1] == 4095.0
     assert (one["domains"], one["layer_mi"]) == (["a", "b"], [0.5, 0.25])
     stored = json.loads((tmp_path / "out/runs/mid-seed1/result.json").read_text())
@@ -247,11 +247,16 @@ def test_long_curves_are_thinned_to_the_limit_and_the_rest_is_kept(fit, tmp_path
 
 def test_bad_settings_are_refused_before_anything_is_written(fit, tmp_path):
     out = tmp_path / "out"
+    with pytest.raises(ValueError, match="log = 'printer'"):
+        quiet(out, loggers=("printer",))
     for setting, words in (
         ("model.vocab_size=16", r"model\.vocab_size = 16"),
         ("model.moe.router=no.such:router", r"moe\.router"),
+        ("optimizer.name=no.such:optimizer", r"optimizer\.name"),
         ("mesh.data=3", "batch_size = 8"),
     ):
         with pytest.raises(ValueError, match=words):
             quiet(out, settings=(setting,))
+    with pytest.raises(ValueError, match="expected at most 8 devices"):
+        quiet(out, settings=("mesh.data=16", "batch_size=16"))
     assert not out.exists()
