@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,20 +13,21 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.claims import Judged, judge, mean_std, overall, stated
-from experiments.config import RunConfig
 from experiments.data.corpus import open_corpus
 from experiments.dry_run import dry_run
 from experiments.experiment import Experiment, Preset, load, preset_of
 from experiments.logs import check_loggers
+from experiments.output import contents, elapsed, probe, stopwatch, write_json
 from experiments.overrides import flatten, with_overrides
 from experiments.progress import Bar
-from experiments.provenance import provenance
+from experiments.provenance import git_commit, provenance
+from experiments.series import within_limit
 from experiments.train import FitResult, check, fit
 from moe.config import require
 from parallel.startup import barrier, is_primary
 
-SERIES_BYTES = 200_000
 MANIFEST = "manifest.json"
+WALL = "wall.json"
 
 
 def run(
@@ -52,37 +52,50 @@ def run(
       KeyboardInterrupt: after Ctrl-C, once the state is saved.
     """
     console = console or wide_console()
+    commit = git_commit()  # of the code that was loaded, whatever happens to the tree while it runs
     experiment = load(name)
     preset = select(preset_of(experiment, preset_name), arms, settings, seeds)
     check_loggers(loggers)
     for config in preset.arms.values():
         check(config, open_corpus(config.data))
     prepare(out, experiment, preset_name, preset)
-    began = time.time()
-    plan = [(arm, seed) for seed in range(preset.seeds) for arm in preset.arms]
-    results: dict[tuple[str, int], FitResult] = {}
-    total = sum(preset.arms[arm].steps for arm, _ in plan)
-    done = sum(preset.arms[arm].steps for arm, seed in plan if read_result(out, arm, seed) is not None)
-    with Bar(experiment.name, total, done, console, shown=is_primary()) as bar:
-        finished = 0
-        for arm, seed in plan:
-            config = replace(preset.arms[arm], seed=seed)
-            result = read_result(out, arm, seed)
-            if result is None:
-                note = lambda step, _, m, arm=arm, seed=seed, before=finished: bar.update(  # noqa: E731
-                    before + step, f"{arm} seed {seed} step {step} loss {m['loss']:.3f}"
-                )
-                result = fit(config, run_folder(out, arm, seed), progress=note, loggers=loggers, profile=profile)
-                record(out, arm, seed, result)
-            results[arm, seed] = result
-            finished += config.steps
-            bar.update(finished, f"{arm} seed {seed}")
-    content = collect(experiment, preset_name, preset, results, time.time() - began)
+    with stopwatch(out / WALL) if is_primary() else nullcontext():
+        results = train_all(experiment.name, preset, out, commit, console, loggers, profile)
+    barrier("run/trained")
+    content = collect(experiment, preset_name, preset, results, out)
     if is_primary():
         write_json(out / "result.json", content)
         experiment.figure(content, out / "figure.png")
         show(content, judged(preset, content["arms"]), console, out / "figure.png")
     return content
+
+
+def train_all(
+    title: str,
+    preset: Preset,
+    out: Path,
+    commit: str,
+    console: Console,
+    loggers: Sequence[str],
+    profile: tuple[int, int] | None,
+) -> dict[tuple[str, int], FitResult]:
+    """Every arm and seed that is not recorded yet, under one progress bar."""
+    plan = [(arm, seed) for seed in range(preset.seeds) for arm in preset.arms]
+    results = {run: result for run in plan if (result := read_result(out, *run)) is not None}
+    total = sum(preset.arms[arm].steps for arm, _ in plan)
+    done = sum(preset.arms[arm].steps for arm, _ in results)
+    with Bar(title, total, done, console, shown=is_primary()) as bar:
+        for arm, seed in [run for run in plan if run not in results]:
+            config = replace(preset.arms[arm], seed=seed)
+            note = lambda step, _, m, what=f"{arm} seed {seed}", before=done: bar.update(  # noqa: E731
+                before + step, f"{what} step {step} loss {m['loss']:.3f}"
+            )
+            result = fit(config, run_folder(out, arm, seed), progress=note, loggers=loggers, profile=profile)
+            record(out, arm, seed, result, commit)
+            results[arm, seed] = result
+            done += config.steps
+            bar.update(done, f"{arm} seed {seed}")
+    return results
 
 
 def select(preset: Preset, arms: Sequence[str], settings: Sequence[str], seeds: int | None) -> Preset:
@@ -106,19 +119,17 @@ def manifest(experiment: Experiment, preset_name: str, preset: Preset) -> dict[s
 def prepare(out: Path, experiment: Experiment, preset_name: str, preset: Preset) -> None:
     """Makes `out` or recognises it as this very experiment's, and tries that it can be written to."""
     wanted = json.loads(json.dumps(manifest(experiment, preset_name, preset)))
-    require(not out.exists() or out.is_dir(), "--out", str(out), "a directory, or a path where one can be made")
-    path = out / MANIFEST
-    if path.exists():
+    path, names = out / MANIFEST, contents(out) or []
+    if MANIFEST in names:
         try:
             held = json.loads(path.read_text())
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise ValueError(f"--out = {str(out)!r}: expected a readable {MANIFEST} in it ({error})") from error
         keys = [key for key in {**wanted, **held} if held.get(key) != wanted.get(key)]
         differs = "; ".join(f"{key}: {held.get(key)!r} there, {wanted.get(key)!r} asked for" for key in keys[:5])
         require(not keys, "--out", str(out), f"the same settings as before or another directory; differing: {differs}")
-    elif out.exists():
-        foreign = sorted(p.name for p in out.iterdir())[:5]
-        require(not foreign, "--out", str(out), f"an empty directory or one of this experiment; it holds {foreign}")
+    else:
+        require(not names, "--out", str(out), f"an empty directory or one of this experiment; it holds {names[:5]}")
     barrier("run/inspected")
     if is_primary():
         probe(out)
@@ -126,49 +137,33 @@ def prepare(out: Path, experiment: Experiment, preset_name: str, preset: Preset)
     barrier("run/prepared")
 
 
-def probe(out: Path) -> None:
-    """Raises ValueError if a directory cannot be made or a megabyte not written there; leaves nothing behind."""
-    made = [path for path in (out, *out.parents) if not path.exists()]
-    trial = out / ".probe"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with trial.open("wb") as file:
-            file.write(bytes(2**20))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        trial.unlink(missing_ok=True) if out.is_dir() else None
-        for path in filter(Path.is_dir, made):
-            path.rmdir()
-        reason = error.strerror or str(error)
-        raise ValueError(f"--out = {str(out)!r}: expected a writable directory with free space ({reason})") from error
-    trial.unlink()
-
-
 def run_folder(out: Path, arm: str, seed: int) -> Path:
     return out / "runs" / f"{arm}-seed{seed}"
 
 
-def record(out: Path, arm: str, seed: int, result: FitResult) -> None:
+def record(out: Path, arm: str, seed: int, result: FitResult, commit: str) -> None:
+    """Marks a run as finished, with the commit whose code trained it."""
     if is_primary():
-        write_json(run_folder(out, arm, seed) / "result.json", asdict(result))
+        write_json(run_folder(out, arm, seed) / "result.json", asdict(result) | {"commit": commit})
     barrier("run/recorded")
 
 
 def read_result(out: Path, arm: str, seed: int) -> FitResult | None:
     path = run_folder(out, arm, seed) / "result.json"
-    return FitResult(**json.loads(path.read_text())) if path.exists() else None
+    if not path.exists():
+        return None
+    stored = json.loads(path.read_text())
+    return FitResult(stored["metrics"], stored["series"])
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Atomically, so that a reader or a killed process never meets half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+def commits(out: Path, preset: Preset) -> str:
+    """The commit that trained the runs; several, in order, if the code changed between them."""
+    paths = [run_folder(out, arm, seed) / "result.json" for seed in range(preset.seeds) for arm in preset.arms]
+    return " ".join(dict.fromkeys(json.loads(path.read_text())["commit"] for path in paths))
 
 
 def collect(
-    experiment: Experiment, preset_name: str, preset: Preset, results: Mapping[tuple[str, int], FitResult], wall: float
+    experiment: Experiment, preset_name: str, preset: Preset, results: Mapping[tuple[str, int], FitResult], out: Path
 ) -> dict[str, Any]:
     """The content of `result.json`."""
     arms: dict[str, dict[str, Any]] = {}
@@ -180,7 +175,9 @@ def collect(
         }
     verdicts = judged(preset, arms)
     series = {arm: [results[arm, seed].series for seed in range(preset.seeds)] for arm in preset.arms}
-    any_config = next(iter(preset.arms.values()))
+    configs = {arm: flatten(config) for arm, config in preset.arms.items()}
+    for flat in configs.values():
+        flat["data.corpus"] = Path(flat["data.corpus"]).name  # a directory's place says nothing; the hash says which
     return {
         "experiment": experiment.name,
         "preset": preset_name,
@@ -189,18 +186,14 @@ def collect(
         "verdict": overall(verdicts) if verdicts else "no claim judged",
         "provenance": provenance()
         | {
-            "corpus_hash": open_corpus(any_config.data).content_hash,
+            "commit": commits(out, preset),
+            "corpus_hash": open_corpus(next(iter(preset.arms.values())).data).content_hash,
             "seeds": preset.seeds,
-            "wall_seconds": round(wall, 1),
-            "config": {arm: published(config) for arm, config in preset.arms.items()},
+            "wall_seconds": round(elapsed(out / WALL), 1),
+            "config": configs,
         },
         "series": within_limit(series),
     }
-
-
-def published(config: RunConfig) -> dict[str, Any]:
-    """The config without the place of one's own corpus on this machine; `corpus_hash` says which one it is."""
-    return flatten(config) | {"data.corpus": Path(config.data.corpus).name}
 
 
 def judged(preset: Preset, arms: Mapping[str, Mapping[str, Any]]) -> list[Judged]:
@@ -217,23 +210,6 @@ def described(j: Judged) -> dict[str, Any]:
         "paper": j.claim.paper,
         "measured": {"mean": j.mean, "std": j.std, "values": list(j.values)},
         "verdict": j.verdict,
-    }
-
-
-def within_limit(series: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """Every second point of the curves is left out until the whole is within 200 kB."""
-    while (size := len(json.dumps(series))) > SERIES_BYTES:
-        longest = max(len(run.get("loss_steps", ())) for runs in series.values() for run in runs)
-        require(longest > 8, "series", size, f"at most {SERIES_BYTES} bytes once curves are thinned")
-        series = {arm: [thinned(run) for run in runs] for arm, runs in series.items()}
-    return series
-
-
-def thinned(run: dict[str, Any]) -> dict[str, Any]:
-    """Every second point of what is as long as `loss_steps`."""
-    points = len(run["loss_steps"])
-    return {
-        key: value[1::2] if isinstance(value, list) and len(value) == points else value for key, value in run.items()
     }
 
 

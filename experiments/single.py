@@ -14,8 +14,8 @@ from experiments.config import RunConfig
 from experiments.data.corpus import open_corpus
 from experiments.dry_run import dry_run
 from experiments.logs import check_loggers
+from experiments.output import contents, probe
 from experiments.progress import Bar
-from experiments.run import probe
 from experiments.train import check, fit
 from moe.config import require
 from parallel.startup import barrier, check_cluster, is_primary
@@ -28,9 +28,9 @@ def train_one(
     require(steps is None or steps >= 1, "steps", steps, "at least 1")
     check_loggers(loggers)
     check(config, open_corpus(config.data))
-    require(not out.exists() or out.is_dir(), "--out", str(out), "a directory, or a path where one can be made")
-    foreign = sorted(p.name for p in out.iterdir())[:5] if out.exists() and not (out / "checkpoints").exists() else []
-    require(not foreign, "--out", str(out), f"an empty directory or one of an earlier `train`; it holds {foreign}")
+    names = contents(out) or []
+    ours = not names or "checkpoints" in names
+    require(ours, "--out", str(out), f"an empty directory or one of an earlier `train`; it holds {names[:5]}")
     barrier("train/inspected")
     if is_primary():
         probe(out)

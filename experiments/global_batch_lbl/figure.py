@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.figures import curves, dots, heat_map, new_figure, save, styled
+from experiments.series import busiest_layer
 
 
 @styled
@@ -23,9 +24,9 @@ def draw(content: dict[str, Any], path: Path) -> None:
     halves: Any = fig.subfigures(2, 1, height_ratios=[1, 1] if len(names) <= 4 else [2, 3])
     top, bottom = halves
 
-    layer = busiest_layer(content)
+    layer = busiest_layer(series)
     axes = top.subplots(1, len(mapped), squeeze=False)[0]
-    shares = {name: np.asarray(series[name][0]["domain_expert"])[layer] for name in mapped}
+    shares = {name: np.asarray(series[name][0]["domain_expert"][layer]) for name in mapped}
     peak = max(share.max() for share in shares.values())
     for i, (ax, name) in enumerate(zip(axes, mapped)):
         mi = series[name][0]["layer_mi"][layer]
@@ -60,12 +61,6 @@ def heat_arms(names: list[str]) -> list[str]:
         return names
     wanted = ("micro_w0.1", "shuffle_micro_w0.1", "global_w0.1", "no_balance")
     return [name for name in wanted if name in names] or names[:4]
-
-
-def busiest_layer(content: dict[str, Any]) -> int:
-    """The layer with the highest I(domain; expert), averaged over all arms and seeds."""
-    layers = [run["layer_mi"] for runs in content["series"].values() for run in runs]
-    return int(np.mean(layers, axis=0).argmax())
 
 
 def partner(name: str, names: list[str]) -> str | None:
