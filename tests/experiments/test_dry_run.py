@@ -1,9 +1,15 @@
 """Every preset lowers on a simulated mesh of its own size; counts in closed form."""
 
+import functools
+from dataclasses import replace
+
 import pytest
 
-from experiments.dry_run import abstract_state, dry_run, parameter_counts
+from experiments import dry_run as module
+from experiments.dry_run import abstract_state, parameter_counts
+from experiments.experiment import load, names
 from experiments.recipes import PRESETS, bench, cluster
+from moe.routing import make_router
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -12,6 +18,42 @@ def test_every_recipe_lowers(name):
     counts = dry_run(config)
     assert counts["devices"] == config.mesh.devices
     assert 0 < counts["active_parameters"] <= counts["parameters"]
+
+
+dry_run = functools.cache(module.dry_run)
+EXPERIMENTS = {name: load(name) for name in [*names(), "template"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"), [(name, preset) for name in EXPERIMENTS for preset in EXPERIMENTS[name].presets]
+)
+def test_every_preset_of_every_experiment_lowers(name, preset):
+    """One arm per model, mesh and accumulation: what the arms of one such group balance does not change the shapes."""
+    made = EXPERIMENTS[name].presets[preset]()
+    assert made.arms
+    assert made.seeds >= 1
+    distinct = {}
+    for arm, config in made.arms.items():
+        same = replace(config, steps=1, seed=0, balance=replace(config.balance, weight=0.0, scope="none"))
+        distinct.setdefault(same, arm)
+        if config.model.moe is not None:
+            make_router(config.model.moe)
+    for arm in distinct.values():
+        counts = dry_run(made.arms[arm])
+        assert counts["devices"] == made.arms[arm].mesh.devices
+        assert 0 < counts["active_parameters"] <= counts["parameters"]
+    for claim in made.claims:
+        assert {claim.arm, claim.baseline} <= made.arms.keys()
+
+
+def test_the_paper_preset_is_as_large_as_the_paper_says():
+    """global-batch-lbl: 3.4B parameters on 64 devices."""
+    config = EXPERIMENTS["global-batch-lbl"].presets["paper"]().arms["global"]
+    state, _ = abstract_state(config)
+    total, active = parameter_counts(state.params, config.model)
+    assert 3.3e9 < total < 3.5e9
+    assert 0.4e9 < active < 0.6e9
+    assert config.mesh.devices == 64
 
 
 def test_bench_counts_are_the_arithmetic_of_its_shape():
