@@ -11,6 +11,9 @@ from experiments.experiment import load, names
 from experiments.recipes import PRESETS, bench, cluster
 from moe.routing import make_router
 
+dry_run = functools.cache(module.dry_run)
+EXPERIMENTS = {name: load(name) for name in [*names(), "template"]}
+
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_recipe_lowers(name):
@@ -20,15 +23,11 @@ def test_every_recipe_lowers(name):
     assert 0 < counts["active_parameters"] <= counts["parameters"]
 
 
-dry_run = functools.cache(module.dry_run)
-EXPERIMENTS = {name: load(name) for name in [*names(), "template"]}
-
-
 @pytest.mark.parametrize(
     ("name", "preset"), [(name, preset) for name in EXPERIMENTS for preset in EXPERIMENTS[name].presets]
 )
 def test_every_preset_of_every_experiment_lowers(name, preset):
-    """One arm per model, mesh and accumulation: what the arms of one such group balance does not change the shapes."""
+    """One arm per model, mesh and accumulation is lowered: the balance loss changes no shape."""
     made = EXPERIMENTS[name].presets[preset]()
     assert made.arms
     assert made.seeds >= 1
