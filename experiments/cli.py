@@ -254,13 +254,13 @@ def start(devices: int | None) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs one command; bad input is one line on stderr and exit code 2, Ctrl-C is 130."""
+    """Runs one command; bad input, or a disk that fills up, is one line on stderr and exit code 2, Ctrl-C is 130."""
     words = list(sys.argv[1:] if args is None else args)
     if " ".join(words[:2]) in COMMANDS:  # `data list` is one command of two words
         words[:2] = [" ".join(words[:2])]
     try:
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m experiments", args=words)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("SWITCHYARD_DEBUG"):
             raise
         print(f"error: {error}", file=sys.stderr)

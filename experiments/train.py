@@ -85,14 +85,13 @@ def fit(
         start = int(state.step)
         lines = JsonLines.resume(out / "metrics.jsonl", start) if is_primary() else None
         sinks = [lines, *make_loggers(loggers, out, start)] if lines else []
-        stop = stack.enter_context(stop_on_interrupt())
+        for sink in sinks:
+            stack.callback(sink.close)
         step_fn = compile_step(config, tx, mesh)
         feed = stack.enter_context(feeding(config, corpus, mesh, start))
-        state, times = loop(config, state, step_fn, feed, saved, sinks, stop, total, progress, profile, out)
-        for sink in sinks:
-            sink.close()
-        if stop():
-            raise KeyboardInterrupt(f"stopped after step {int(state.step)}; the state is saved")
+        with stop_on_interrupt() as stop:
+            state, times = loop(config, state, step_fn, feed, saved, sinks, stop, total, progress, profile, out)
+        # From here on Ctrl-C acts at once: the state is saved, the same call evaluates it.
         metrics, series = evaluate(config, state, corpus, mesh)
     rows = read_lines(out / "metrics.jsonl") if is_primary() else []
     step_ms = float(np.median([row["step_ms"] for row in rows])) if rows else float(np.median(times or [np.nan])) * 1e3
@@ -210,7 +209,8 @@ def loop(
     out: Path,
 ) -> tuple[TrainState, list[float]]:
     """Runs steps up to `total` or until asked to stop. Metrics of step n are fetched after step n + 1 is dispatched, so
-    the device never waits; before a save they are written first, so no line of a saved step can be missing."""
+    the device never waits; before a save they are written first, so no line of a saved step can be missing.
+    Raises KeyboardInterrupt once the state is saved if any process was asked to stop."""
     pending: tuple[int, dict[str, Any]] | None = None
     times: list[float] = []
     mark, tracing = time.perf_counter(), False
@@ -229,7 +229,7 @@ def loop(
         if progress:
             progress(step, total, values)
 
-    step = int(state.step)
+    step, stopping = int(state.step), False
     while step < total:
         if profile and not tracing and profile[0] <= step + 1 <= profile[1]:
             jax.profiler.start_trace(str(out / "profile"))
@@ -249,6 +249,8 @@ def loop(
         if stopping:
             break
     saved.wait()
+    if stopping:  # not stop(): all processes must leave here together
+        raise KeyboardInterrupt(f"stopped after step {step}; the state is saved")
     return state, times[2:]  # the first holds the compilation, the second its tail
 
 

@@ -1,5 +1,6 @@
 """The command line: bad input is one line and exit code 2, looking around needs no JAX."""
 
+import errno
 import subprocess
 import sys
 
@@ -73,6 +74,15 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
     monkeypatch.setitem(COMMANDS, "list", stopped)
     assert main(["list"]) == 130
     assert "stopped after step 7; the state is saved; the same command resumes" in capsys.readouterr().err
+
+
+def test_a_disk_that_fills_up_while_running_is_one_line(monkeypatch, capsys, tmp_path):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr("experiments.train.JsonLines.log", full)
+    assert main([*TRAIN, "--out", str(tmp_path / "out"), "--steps", "2"]) == 2
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'metrics.jsonl'\n"
 
 
 def test_commands_of_two_words(monkeypatch, capsys):

@@ -18,6 +18,7 @@ from experiments import run as runner
 from experiments.claims import Claim
 from experiments.data.synthetic import synthetic_corpus
 from experiments.experiment import Experiment, Preset
+from experiments.output import write_json
 from experiments.run import run
 from experiments.train import FitResult
 
@@ -139,6 +140,23 @@ def test_ctrl_c_in_the_middle_then_the_same_call_completes(fit, tmp_path):
     content = quiet(tmp_path / "out")
     assert fit.calls == [*EVERY[:3], *EVERY[2:]]  # the run that was cut short is handed to fit again, the others not
     assert content["arms"]["high"]["val_ce"]["values"] == [0.3, 1.3]
+
+
+def test_provenance_is_that_of_the_training(fit, tmp_path, monkeypatch):
+    """Time counts what was interrupted and not what a repeated command waits; the commit is the one that trained."""
+    monkeypatch.setattr("experiments.run.git_commit", lambda: "first")
+    fit.failing = 3
+    with pytest.raises(KeyboardInterrupt):
+        quiet(tmp_path / "out")
+    spent = json.loads((tmp_path / "out" / runner.WALL).read_text())["wall_seconds"]
+    assert spent > 0
+    write_json(tmp_path / "out" / runner.WALL, {"wall_seconds": 3600.0})
+    made = quiet(tmp_path / "out")["provenance"]
+    assert made["wall_seconds"] == pytest.approx(3600.0, abs=60)
+    assert made["commit"] == "first"
+    monkeypatch.setattr("experiments.run.git_commit", lambda: "second")
+    assert quiet(tmp_path / "out")["provenance"]["commit"] == "first"
+    assert quiet(tmp_path / "out", seeds=3)["provenance"]["commit"] == "first second"
 
 
 def test_more_seeds_reuse_what_is_finished(fit, tmp_path):

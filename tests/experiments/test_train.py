@@ -63,6 +63,20 @@ def test_ctrl_c_saves_and_the_same_call_resumes(whole, tmp_path):
     assert lines(tmp_path) == whole[1]
 
 
+def test_ctrl_c_while_evaluating_acts_at_once_and_the_same_call_resumes(whole, tmp_path, monkeypatch):
+    def interrupt(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the evaluation went on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.train.evaluate", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit(CONFIG, tmp_path)
+    result = fit(CONFIG, tmp_path)
+    assert lines(tmp_path) == whole[1]
+    assert result.metrics["val_ce"] == whole[0].metrics["val_ce"]
+
+
 def test_another_config_is_refused_and_nothing_is_lost(whole, tmp_path):
     fit(CONFIG, tmp_path, steps=2)
     before = sorted(p for p in tmp_path.rglob("*"))
