@@ -56,6 +56,7 @@ def figure(content, path):
 
 EXPERIMENT = Experiment("outside", "Not in the tree", "none", {"smoke": smoke}, figure)
 """
+MINE = ["--router", "my_router:make", "--optimizer", "my_optimizer:make"]
 
 
 @pytest.fixture
@@ -73,8 +74,8 @@ def outside(tmp_path, monkeypatch):
 
 
 def test_own_router_and_optimizer_by_import_path_decide_the_run(outside, tmp_path):
-    words = ["run", "global-batch-lbl", "--preset", "smoke", "--arms", "global"]
-    words += ["--router", "my_router:make", "--optimizer", "my_optimizer:make", "--set", "eval_tokens_per_domain=64"]
+    words = ["run", "global-batch-lbl", "--preset", "smoke", "--arms", "global", *MINE]
+    words += ["--set", "eval_tokens_per_domain=64"]
     contents = []
     for steps in (2, 3):
         out = tmp_path / f"out{steps}"
@@ -99,10 +100,11 @@ def test_own_router_and_optimizer_by_import_path_decide_the_run(outside, tmp_pat
 
 def test_experiment_by_import_path(outside, tmp_path):
     out = tmp_path / "out"
-    assert main(["run", "my_package.study", "--preset", "smoke", "--out", str(out)]) == 0
+    assert main(["run", "my_package.study", "--preset", "smoke", "--out", str(out), *MINE]) == 0
     content = json.loads((out / "result.json").read_text())
     assert (content["experiment"], list(content["arms"])) == ("outside", ["a"])
     assert content["verdict"] == "no claim judged"
+    assert content["arms"]["a"]["max_violation"]["values"] == pytest.approx([3.0])
     assert (out / "figure.png").read_bytes() == b"drawn outside"
 
 
