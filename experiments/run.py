@@ -109,7 +109,7 @@ def select(preset: Preset, arms: Sequence[str], settings: Sequence[str], seeds: 
 
 
 def manifest(experiment: Experiment, preset_name: str, preset: Preset) -> dict[str, Any]:
-    """What must be equal for `out` to be continued; more seeds may be asked for later, and another mesh."""
+    """What must be equal for `out` to be continued; more seeds and arms may be asked for later, and another mesh."""
     flat = {f"{arm}.{key}": value for arm, config in preset.arms.items() for key, value in flatten(config).items()}
     free = (".seed", ".checkpoint_every", ".mesh.data", ".mesh.fsdp", ".mesh.expert")
     kept = {key: value for key, value in flat.items() if not key.endswith(free)}
@@ -120,12 +120,13 @@ def prepare(out: Path, experiment: Experiment, preset_name: str, preset: Preset)
     """Makes `out` or recognises it as this very experiment's, and tries that it can be written to."""
     wanted = json.loads(json.dumps(manifest(experiment, preset_name, preset)))
     path, names = out / MANIFEST, contents(out) or []
+    held: dict[str, Any] = {}
     if MANIFEST in names:
         try:
             held = json.loads(path.read_text())
         except (ValueError, OSError) as error:
             raise ValueError(f"--out = {str(out)!r}: expected a readable {MANIFEST} in it ({error})") from error
-        keys = [key for key in {**wanted, **held} if held.get(key) != wanted.get(key)]
+        keys = [key for key, value in wanted.items() if key in held and held[key] != value]
         differs = "; ".join(f"{key}: {held.get(key)!r} there, {wanted.get(key)!r} asked for" for key in keys[:5])
         require(not keys, "--out", str(out), f"the same settings as before or another directory; differing: {differs}")
     else:
@@ -133,7 +134,7 @@ def prepare(out: Path, experiment: Experiment, preset_name: str, preset: Preset)
     barrier("run/inspected")
     if is_primary():
         probe(out)
-        write_json(path, wanted)
+        write_json(path, held | wanted)
     barrier("run/prepared")
 
 
