@@ -16,8 +16,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 STEPS = 60
 TIMES = {"step_ms", "tokens_per_second"}
-# Wider than `smoke` so that a save takes long enough to be caught, and saved every other step.
-SETTINGS = ["--set", "checkpoint_every=2", "--set", "steps=60", "--set", "model.moe.expert_dim=256"]
+# Wider than `smoke` so that a save takes long enough to be caught, and saved every third step.
+SETTINGS = ["--set", "checkpoint_every=3", "--set", "steps=60", "--set", "model.moe.expert_dim=256"]
 
 
 def command(out: Path, *more: str, steps: int = STEPS) -> list[str]:
@@ -42,6 +42,13 @@ def lines(out: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
+def kept(out: Path) -> bytes:
+    """The lines that the newest complete checkpoint vouches for. They hold times, so training them again would show."""
+    names = [path.name for path in (out / "checkpoints").glob("*")]
+    newest = max((int(name) for name in names if name.isdecimal()), default=0)
+    return b"".join((out / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:newest]) if newest else b""
+
+
 def saving(out: Path) -> bool:
     """A save is in flight: a temporary directory of an unfinished step is there."""
     return any("tmp" in path.name for path in (out / "checkpoints").glob("*"))
@@ -61,8 +68,12 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> list
     return rows
 
 
-def kill_once(out: Path, cache: Path, when: str, rng: random.Random) -> str:
-    """Starts the command, kills it with SIGKILL at the named kind of moment; says what was seen at that moment."""
+def kill_once(out: Path, cache: Path, when: str, rng: random.Random) -> tuple[str, bool]:
+    """Starts the command and kills it with SIGKILL at the named kind of moment.
+
+    Returns what was seen at that moment, and whether the process had gone on from a checkpoint.
+    """
+    held = kept(out)
     fresh = cache / "compiling" if when == "compile" else cache
     process = subprocess.Popen(
         command(out), cwd=ROOT, env=environment(fresh), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -81,7 +92,8 @@ def kill_once(out: Path, cache: Path, when: str, rng: random.Random) -> str:
         finished = process.poll() is not None
         process.send_signal(signal.SIGKILL)
         process.wait()
-    return "finished" if finished else seen
+    assert not held or metrics.read_bytes().startswith(held), "steps before the checkpoint were trained again"
+    return "finished" if finished else seen, bool(held)
 
 
 def wait_for(process: subprocess.Popen, condition, timeout: float = 120.0) -> None:
@@ -97,16 +109,21 @@ def test_twenty_kills_change_no_metric(tmp_path: Path, cache: Path, uninterrupte
     rng = random.Random(0)
     plan = ["compile"] + ["save", "any"] * 10
     seen: list[str] = []
+    resumed = 0
     while sum(s != "finished" for s in seen) < 20 and len(seen) < 60:
         if seen and seen[-1] == "finished":  # the run reached its end: begin a new one, kills go on
             assert lines(tmp_path / f"run{seen.count('finished') - 1}") == uninterrupted
         out = tmp_path / f"run{seen.count('finished')}"
-        seen.append(kill_once(out, cache, plan[len(seen) % len(plan)], rng))
+        moment, from_checkpoint = kill_once(out, cache, plan[len(seen) % len(plan)], rng)
+        seen.append(moment)
+        resumed += from_checkpoint
     kills = [s for s in seen if s != "finished"]
     assert len(kills) >= 20, seen
     assert kills.count("save") >= 5, seen
     assert "compile" in kills, seen
-    print(f"\nkills: {len(kills)}, during a save {kills.count('save')}, during compilation {kills.count('compile')}")
+    assert resumed >= 10, resumed
+    print(f"\nkills: {len(kills)} ({', '.join(f'{kills.count(s)} {s}' for s in sorted(set(kills)))}), ", end="")
+    print(f"of {len(seen)} starts {resumed} went on from a checkpoint, {seen.count('finished')} reached the end")
     run(out, cache)
     assert lines(out) == uninterrupted
 
@@ -119,7 +136,10 @@ def test_saved_on_eight_devices_restored_on_one_two_and_four(tmp_path: Path, cac
     for devices, mesh in ((1, (1, 1, 1)), (2, (1, 2, 1)), (4, (1, 2, 2))):
         out = tmp_path / f"to{devices}"
         run(out, cache, "--devices", "8", *axes(2, 2, 2), steps=10)
+        held = kept(out)
+        assert held.count(b"\n") == 10
         run(out, cache, "--devices", str(devices), *axes(*mesh), steps=20)
+        assert (out / "metrics.jsonl").read_bytes().startswith(held), "the first ten steps were trained again"
         assert_close(lines(out), lines(one))
 
 
