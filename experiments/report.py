@@ -59,8 +59,7 @@ def preset_part(experiment: Any, path: Path, draw: bool) -> str:
         f"`python -m experiments run {content['experiment']} --preset {content['preset']}`, {made['seeds']} seeds, "
         f"{made['wall_seconds'] / 60:.1f} minutes on {hardware['cores']} cores ({hardware['cpu']}, "
         f"{hardware['devices']} x {hardware['device_kind']}), {made['date']}, Python {made['python']}, "
-        f"jax {made['packages']['jax']}, commit {made['commit'][:12]}"
-        f"{' with changes' if made['commit'].endswith('+changes') else ''}, corpus {made['corpus_hash'][:12]}.\n",
+        f"jax {made['packages']['jax']}, commit {commits(made['commit'])}, corpus {made['corpus_hash'][:12]}.\n",
         "| claim | claimed | paper | measured | per seed | verdict |",
         "|---|---|---|---|---|---|",
         *(claim_row(row) for row in content["claim"]),
@@ -69,6 +68,11 @@ def preset_part(experiment: Any, path: Path, draw: bool) -> str:
         f"\n![{content['experiment']} {content['preset']}]({figure.relative_to(FOLDER.parent).as_posix()})\n",
     ]
     return "\n".join(lines)
+
+
+def commits(text: str) -> str:
+    """What trained the runs, short: usually one commit, several where a run was continued with other code."""
+    return " and ".join(one[:12] + " with changes" * one.endswith("+changes") for one in text.split())
 
 
 def claim_row(row: dict[str, Any]) -> str:

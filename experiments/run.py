@@ -110,7 +110,11 @@ def select(preset: Preset, arms: Sequence[str], settings: Sequence[str], seeds: 
 
 def manifest(experiment: Experiment, preset_name: str, preset: Preset) -> dict[str, Any]:
     """What must be equal for `out` to be continued; more seeds and arms may be asked for later, and another mesh."""
-    flat = {f"{arm}.{key}": value for arm, config in preset.arms.items() for key, value in flatten(config).items()}
+    configs = {
+        arm: flatten(config) | {"corpus_hash": open_corpus(config.data).content_hash}
+        for arm, config in preset.arms.items()
+    }
+    flat = {f"{arm}.{key}": value for arm, config in configs.items() for key, value in config.items()}
     free = (".seed", ".checkpoint_every", ".mesh.data", ".mesh.fsdp", ".mesh.expert")
     kept = {key: value for key, value in flat.items() if not key.endswith(free)}
     return {"experiment": experiment.name, "preset": preset_name, **kept}
@@ -178,7 +182,8 @@ def collect(
     series = {arm: [results[arm, seed].series for seed in range(preset.seeds)] for arm in preset.arms}
     configs = {arm: flatten(config) for arm, config in preset.arms.items()}
     for flat in configs.values():
-        flat["data.corpus"] = Path(flat["data.corpus"]).name  # a directory's place says nothing; the hash says which
+        # Where a corpus lies says nothing to others; corpus_hash says which it is.
+        flat["data.corpus"] = Path(flat["data.corpus"]).resolve().name
     return {
         "experiment": experiment.name,
         "preset": preset_name,

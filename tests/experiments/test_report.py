@@ -79,7 +79,8 @@ def test_everything_a_result_says_is_there(tree):
         "jax 0.10.2",
     ):
         assert word in text
-    assert "commit 0123456789ab with changes" in text
+    assert "commit 0123456789ab with changes," in text
+    assert report.commits("0123456789abcdef fedcba9876543210") == "0123456789ab and fedcba987654"
     assert "corpus feedfacefeed." in text
     assert "![a-study cpu](experiments/a_study/results/cpu.png)" in text
     assert (tree.results / "cpu-long.png").read_text() == "drawn cpu-long"

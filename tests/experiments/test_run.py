@@ -189,6 +189,13 @@ def test_another_mesh_may_go_on_other_settings_may_not(fit, tmp_path):
     assert fit.calls == EVERY
 
 
+def test_the_same_folder_with_other_text_is_another_corpus(fit, tmp_path, monkeypatch):
+    quiet(tmp_path / "out")
+    monkeypatch.setattr(runner, "open_corpus", lambda config: synthetic_corpus(seed=1))
+    with pytest.raises(ValueError, match=r"--out = .*low\.corpus_hash"):
+        quiet(tmp_path / "out")
+
+
 def test_a_manifest_that_is_no_json_is_named(fit, tmp_path):
     (tmp_path / runner.MANIFEST).write_text('{"half')
     with pytest.raises(ValueError, match="--out = .*readable manifest"):
