@@ -2,7 +2,9 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,19 +94,28 @@ def test_tensorboard_writes_each_metric_with_its_step(tmp_path):
     assert {(1, "loss", 0.5), (2, "loss", 1.0), (1, "grad_norm", 3.0), (2, "grad_norm", 3.0)} == set(events(tmp_path))
 
 
+def test_tensorboard_purges_what_comes_after_the_restored_step(tmp_path):
+    pytest.importorskip("tensorboardX")
+    (sink,) = make_loggers(["tensorboard"], tmp_path, start=5)
+    sink.close()
+    assert [event.step for event in records(tmp_path) if event.HasField("session_log")] == [6]
+
+
 def events(out: Path) -> list[tuple[int, str, float]]:
-    """(step, tag, value) of every scalar, read back record by record: length, its checksum, payload, its checksum."""
+    """(step, tag, value) of every scalar."""
+    return [(event.step, value.tag, value.simple_value) for event in records(out) for value in event.summary.value]
+
+
+def records(out: Path) -> Iterator[Any]:
+    """Events read back record by record: length, its checksum, payload, its checksum."""
     from tensorboardX.proto.event_pb2 import Event
 
-    found = []
     for path in (out / "tensorboard").glob("events.*"):
         data = path.read_bytes()
         while data:
             size = int.from_bytes(data[:8], "little")
-            event = Event.FromString(data[12 : 12 + size])
-            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            yield Event.FromString(data[12 : 12 + size])
             data = data[16 + size :]
-    return found
 
 
 class FakeSink:
