@@ -37,19 +37,23 @@ class Part:
     call: Callable[[], Any]
 
 
-def forward_backward(fn: Callable[..., Any], *args: Any) -> Callable[[], Any]:
-    """A compiled call of `fn` and of its transpose at a cotangent of ones, with gradients of all floating arguments."""
-
-    @jax.jit
-    def run(*args: Any) -> Any:
-        out, pull = jax.vjp(fn, *args)
-        return out, pull(jax.tree.map(jnp.ones_like, out))
-
-    return lambda: run(*args)
-
-
 def normal(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
     return scale * jnp.asarray(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
+
+
+def forward_backward(fn: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    """A compiled call of `fn` and of its transpose, with gradients of all arguments.
+
+    The cotangents are random inputs: a constant would let the compiler do part of the work beforehand.
+    """
+
+    @jax.jit
+    def run(args: Any, cotangents: Any) -> Any:
+        out, pull = jax.vjp(fn, *args)
+        return out, pull(cotangents)
+
+    cotangents = jax.tree.map(lambda out: normal(9, *out.shape), jax.eval_shape(fn, *args))
+    return lambda: run(args, cotangents)
 
 
 def embedding_and_norms(shape: StepShape) -> list[Part]:
