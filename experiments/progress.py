@@ -13,14 +13,18 @@ QUIET_SECONDS = 15.0
 
 
 class Bar:
-    """Counts `total` units of work, some perhaps done before (`done`); the estimate rests on what was done since."""
+    """Counts `total` units of work, some perhaps done before (`done`).
+
+    The time left rests on the pace since the first update: what was compiled or restored before that says nothing.
+    """
 
     def __init__(
         self, title: str, total: int, done: int = 0, console: Console | None = None, shown: bool = True
     ) -> None:
         self.console = console or Console()
         self.title, self.total, self.done, self.shown = title, total, done, shown
-        self._begin, self._start, self._last = done, time.monotonic(), -QUIET_SECONDS
+        self._first: tuple[int, float] | None = None
+        self._last = -QUIET_SECONDS
         self._rich: Progress | None = None
         self._task = TaskID(0)
 
@@ -42,6 +46,7 @@ class Bar:
     def update(self, done: int, note: str = "") -> None:
         """`done` units of the total are finished; `note` says what is going on."""
         self.done = done
+        self._first = self._first or (done, time.monotonic())
         text = f"{self.title} {note}".strip()
         if self._rich is not None:
             self._rich.update(self._task, completed=done, description=text)
@@ -50,9 +55,9 @@ class Bar:
             print(f"{text}: {100 * done / self.total:.0f}%, {self.left()} left", flush=True)
 
     def left(self) -> str:
-        """Time left at the pace since the start, as m:ss; `?` before anything was done."""
-        since = self.done - self._begin
-        if since <= 0:
-            return "?"
-        seconds = int((time.monotonic() - self._start) / since * (self.total - self.done))
+        """Time left at the pace since the first update, as m:ss; `?` before the second."""
+        if self._first is None or self.done <= self._first[0]:
+            return "?" if self.done < self.total else "0:00"
+        pace = (time.monotonic() - self._first[1]) / (self.done - self._first[0])
+        seconds = int(pace * (self.total - self.done))
         return f"{seconds // 60}:{seconds % 60:02d}"
