@@ -1,7 +1,6 @@
 """The loop in one process: exact resume, Ctrl-C, refusals before anything is written. Killing is in test_resume.py."""
 
 import json
-import os
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -54,7 +53,7 @@ def test_stopping_and_going_on_is_bitwise_the_same(whole, tmp_path):
 def test_ctrl_c_saves_and_the_same_call_resumes(whole, tmp_path):
     def interrupt(step, total, metrics):
         if step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt, match="saved"):
         fit(CONFIG, tmp_path, progress=interrupt)
@@ -65,7 +64,7 @@ def test_ctrl_c_saves_and_the_same_call_resumes(whole, tmp_path):
 
 def test_ctrl_c_while_evaluating_acts_at_once_and_the_same_call_resumes(whole, tmp_path, monkeypatch):
     def interrupt(*args):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         raise AssertionError("the evaluation went on")
 
     with monkeypatch.context() as patch:
