@@ -46,17 +46,25 @@ def save(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred running mean, shorter at the ends."""
-    kernel = np.ones(min(window, len(values)))  # "same" is as long as the longer of the two
-    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
+def smooth(values: np.ndarray, steps: np.ndarray, window: float) -> np.ndarray:
+    """Centred mean over `window` steps, one-sided at the ends.
+
+    A point of a thinned curve is the mean of the steps since the point before it, and not all hold equally many: each
+    weighs what it stands for, so that a change of spacing shows neither as a jump nor as noise.
+    """
+    spans = np.diff(steps, prepend=0.0)
+    weights = (np.abs(steps[:, None] - steps[None, :]) <= window / 2) * spans
+    return weights @ values / weights.sum(axis=1)
 
 
-def curves(ax: Axes, arms: dict[str, list[dict[str, Any]]], key: str, colours: dict[str, Any], window: int = 5) -> None:
-    """Median over seeds of `key` against `loss_steps`, one line per arm."""
+def curves(
+    ax: Axes, arms: dict[str, list[dict[str, Any]]], key: str, colours: dict[str, Any], window: float = 0.06
+) -> None:
+    """Median over seeds of `key` against `loss_steps`, one line per arm, smoothed over a `window` share of the run."""
     for arm, runs in arms.items():
-        steps = runs[0]["loss_steps"]
-        ax.plot(steps, smooth(np.median([run[key] for run in runs], axis=0), window), label=arm, color=colours[arm])
+        steps = np.asarray(runs[0]["loss_steps"], float)
+        median = np.median([run[key] for run in runs], axis=0)
+        ax.plot(steps, smooth(median, steps, window * steps[-1]), label=arm, color=colours[arm])
     ax.set_xlabel("optimiser step")
 
 

@@ -1,6 +1,8 @@
 """Where metrics go: a JSON-lines file always, TensorBoard, Weights & Biases or Trackio beside it when asked.
 
-A sink has two methods, `log(step, metrics)` and `close()`; nothing else is assumed of one.
+A sink has two methods, `log(step, metrics)` and `close()`; nothing else is assumed of one. A run that was killed goes
+on from its checkpoint and logs the steps after it again: the JSON lines and TensorBoard drop the first copy, W&B the
+second, Trackio shows both (their metrics are equal, times aside). After Ctrl-C nothing is logged twice.
 """
 
 from __future__ import annotations
@@ -136,6 +138,6 @@ def _load(module: str, name: str) -> Any:
 
 
 def _kept_id(path: Path) -> str:
-    if not path.exists():
+    if not path.exists() or not path.read_text():  # empty: killed between the two halves of writing it
         path.write_text(os.urandom(8).hex())
     return path.read_text()

@@ -1,6 +1,7 @@
 """REPRODUCTIONS.md is a function of the committed results: the same bytes again, and stale when they change."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -121,3 +122,19 @@ def test_without_results_there_is_only_the_head(tree):
 
 def test_the_committed_file_is_what_the_committed_results_say(capsys):
     assert main(["report", "--check"]) == 0, capsys.readouterr().err
+
+
+def test_what_is_typed_by_hand_is_what_the_committed_result_says():
+    from experiments.global_batch_lbl import experiment
+
+    folder = Path(experiment.__file__).parent
+    content = json.loads((folder / "results" / "cpu.json").read_text())
+    readme = (folder / "README.md").read_text()
+    for row in content["claim"]:
+        mean = row["measured"]["mean"]
+        typed = f"{mean:.2f}x" if "/" in row["compared"] else f"{mean:.4f}"
+        line = next(line for line in readme.splitlines() if line.startswith("|") and row["compared"] in line)
+        assert typed in line
+        assert line.endswith(f" {row['verdict']} |")
+        assert typed in (experiment.__doc__ or "")
+    assert f"**{content['verdict']}**" in readme
