@@ -78,7 +78,7 @@ def run_experiment(
     chosen = tuple(part for part in arms.split(",") if part)
     every = [*settings, *_named(router, optimizer)]
     if dry_run:
-        Console().print(plan_table(select(preset_of(load(name), preset), chosen, every, seeds)))
+        Console().print(plan_table(select(preset_of(load(name), preset), chosen, every, seeds).arms))
         return
     target = out or Path("runs") / f"{name.rpartition('.')[2]}-{preset}"
     run(name, preset, target, seeds=seeds, arms=chosen, settings=every, loggers=loggers, profile=_span(profile))
@@ -111,15 +111,18 @@ def train(
       settings: a field of the config, such as model.hidden=128; may be repeated.
     """
     start(devices)
+    from rich.console import Console
+
     from experiments.overrides import with_overrides
     from experiments.recipes import PRESETS
-    from experiments.single import print_dry_run, train_one
+    from experiments.run import plan_table
+    from experiments.single import train_one
     from moe.config import require
 
     require(preset in PRESETS, "preset", preset, f"one of {', '.join(PRESETS)}")
     config = with_overrides(PRESETS[preset](), [*settings, *_named(router, optimizer)])
     if dry_run:
-        print_dry_run(config)
+        Console().print(plan_table({preset: config}))
     else:
         train_one(config, out, steps=steps, loggers=loggers, profile=_span(profile))
 

@@ -4,11 +4,8 @@ a variant is `dataclasses.replace` on another recipe."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
-from moe.config import ModelConfig, require
-
-BalanceScopeName = Literal["none", "sequence", "microbatch", "shuffle_micro", "global_prefix", "global_exact"]
+from moe.config import BalanceScope, ModelConfig, require
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ class BalanceConfig:
       z_weight: coefficient of the router z-loss.
     """
 
-    scope: BalanceScopeName = "global_exact"
+    scope: BalanceScope = "global_exact"
     weight: float = 0.01
     micro_batch_size: int = 2
     z_weight: float = 1e-3
@@ -106,6 +103,12 @@ class RunConfig:
             "batch_size",
             self.batch_size,
             f"a positive multiple of accumulation = {self.accumulation}",
+        )
+        require(
+            self.eval_tokens_per_domain >= self.data.seq_len,
+            "eval_tokens_per_domain",
+            self.eval_tokens_per_domain,
+            f"at least data.seq_len = {self.data.seq_len}, one window",
         )
         devices = self.mesh.devices
         per_pass = self.batch_size // self.accumulation

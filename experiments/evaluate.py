@@ -6,6 +6,7 @@ Legend: L MoE layers, D domains, N sequences, S positions, E experts.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,10 +46,10 @@ def sequence_sums(
     return sums
 
 
-def collect(config: RunConfig, state: TrainState, mesh: Mesh, data: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """`sequence_sums` of all N held-out sequences, in batches of the training pass' size (the last one padded)."""
-    size = config.batch_size // config.accumulation
-    run = jax.jit(functools.partial(sequence_sums, config=config), out_shardings=NamedSharding(mesh, P()))
+def collect(
+    run: Callable[..., dict[str, Array]], size: int, state: TrainState, mesh: Mesh, data: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """`run` (the compiled `sequence_sums`) over all N held-out sequences, `size` at a time, the last batch padded."""
     sharding = NamedSharding(mesh, BATCH)
     total, parts = data["domain"].shape[0], []
     for start in range(0, total, size):
@@ -74,9 +75,11 @@ def evaluate(config: RunConfig, state: TrainState, corpus: Corpus, mesh: Mesh) -
     metrics: dict[str, float] = {}
     sums: dict[str, np.ndarray] = {}
     domain = np.zeros(0, np.int64)
+    size = config.batch_size // config.accumulation  # of a training pass: it is known to fit
+    run = jax.jit(functools.partial(sequence_sums, config=config), out_shardings=NamedSharding(mesh, P()))
     for split, name in (("validation", "val_ce"), ("test", "test_ce")):
         data = eval_sequences(corpus, split, config.data.seq_len, config.eval_tokens_per_domain)
-        sums, domain = collect(config, state, mesh, data), data["domain"]
+        sums, domain = collect(run, size, state, mesh, data), data["domain"]
         metrics[name] = float(sums["nll"].sum() / sums["targets"].sum())
     by_domain = lambda x: np.stack([x[domain == d].sum(axis=0) for d in range(len(corpus.domains))])  # noqa: E731
     series: dict[str, Any] = {

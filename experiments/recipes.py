@@ -44,17 +44,6 @@ def cpu() -> RunConfig:
     )
 
 
-def bench() -> RunConfig:
-    """The shape of `bench train-step`: what Hugging Face's OLMoE is timed on beside us."""
-    moe = MoEConfig(num_experts=16, top_k=2, expert_dim=256, renormalize=False)
-    return RunConfig(
-        model=ModelConfig(vocab_size=1024, hidden=256, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=64, moe=moe),
-        data=DataConfig(corpus="synthetic", seq_len=256),
-        optimizer=OptimizerConfig(learning_rate=1e-3),
-        batch_size=16,
-    )
-
-
 def gpu() -> RunConfig:
     """One H100: 183M active of 1.24B parameters in bfloat16, 32 experts top-4, 131k tokens a step."""
     moe = MoEConfig(num_experts=32, top_k=4, expert_dim=1024)
@@ -90,7 +79,6 @@ def cluster() -> RunConfig:
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     "smoke": smoke,
     "cpu": cpu,
-    "bench": bench,
     "gpu": gpu,
     "cluster": cluster,
 }

@@ -6,12 +6,15 @@ A result file is the `result.json` of a full run, copied as `results/PRESET.json
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from experiments.experiment import FOLDER, load, names
 from moe.config import require
 
+CLAIM_COLUMNS = ("claim", "claimed", "paper", "measured", "per seed", "verdict")
+METRICS = ("val_ce", "test_ce", "domain_expert_mi", "max_violation", "max_violation_sequence", "top_score", "step_ms")
 TARGET = FOLDER.parent / "REPRODUCTIONS.md"
 HEAD = """# Reproductions
 
@@ -54,17 +57,20 @@ def preset_part(experiment: Any, path: Path, draw: bool) -> str:
         experiment.figure(content, figure)
     made = content["provenance"]
     hardware = made["hardware"]
+    columns, rows = arm_cells(content["arms"])
     lines = [
         f"\n### {content['preset']}: {content['verdict']}\n",
         f"`python -m experiments run {content['experiment']} --preset {content['preset']}`, {made['seeds']} seeds, "
         f"{made['wall_seconds'] / 60:.1f} minutes on {hardware['cores']} cores ({hardware['cpu']}, "
         f"{hardware['devices']} x {hardware['device_kind']}), {made['date']}, Python {made['python']}, "
         f"jax {made['packages']['jax']}, commit {commits(made['commit'])}, corpus {made['corpus_hash'][:12]}.\n",
-        "| claim | claimed | paper | measured | per seed | verdict |",
-        "|---|---|---|---|---|---|",
-        *(claim_row(row) for row in content["claim"]),
+        markdown_row(CLAIM_COLUMNS),
+        "|---" * len(CLAIM_COLUMNS) + "|",
+        *(markdown_row(claim_cells(row)) for row in content["claim"]),
         "",
-        *arm_rows(content["arms"]),
+        markdown_row(columns),
+        "|---|" + "---:|" * (len(columns) - 1),
+        *map(markdown_row, rows),
         f"\n![{content['experiment']} {content['preset']}]({figure.relative_to(FOLDER.parent).as_posix()})\n",
     ]
     return "\n".join(lines)
@@ -75,19 +81,23 @@ def commits(text: str) -> str:
     return " and ".join(one[:12] + " with changes" * one.endswith("+changes") for one in text.split())
 
 
-def claim_row(row: dict[str, Any]) -> str:
+def claim_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """A claim of `result.json` as CLAIM_COLUMNS show it, on the terminal and in REPRODUCTIONS.md."""
     measured = row["measured"]
-    each = ", ".join(f"{value:.4g}" for value in measured["values"])
     text = f"{row['text']}: {row['metric']}, {row['compared']}"
-    size = f"{measured['mean']:.4g} ± {measured['std']:.2g}"
-    return f"| {text} | {row['claimed']} | {row['paper']} | {size} | {each} | {row['verdict']} |"
+    each = ", ".join(f"{value:.4g}" for value in measured["values"])
+    return text, row["claimed"], row["paper"], mean_sd(measured), each, row["verdict"]
 
 
-def arm_rows(arms: dict[str, Any]) -> list[str]:
-    shown = ("val_ce", "test_ce", "domain_expert_mi", "max_violation", "max_violation_sequence", "top_score", "step_ms")
-    columns = [key for key in shown if all(key in metrics for metrics in arms.values())]
-    rows = [f"| arm | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
-    for arm, metrics in arms.items():
-        cells = (f"{metrics[key]['mean']:.4g} ± {metrics[key]['std']:.2g}" for key in columns)
-        rows.append(f"| {arm} | {' | '.join(cells)} |")
-    return rows
+def arm_cells(arms: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Column names and one row per arm: those metrics of METRICS that all arms have."""
+    columns = [key for key in METRICS if all(key in metrics for metrics in arms.values())]
+    return ["arm", *columns], [[arm, *(mean_sd(metrics[key]) for key in columns)] for arm, metrics in arms.items()]
+
+
+def mean_sd(value: Mapping[str, Any]) -> str:
+    return f"{value['mean']:.4g} ± {value['std']:.2g}"
+
+
+def markdown_row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.claims import Judged, judge, mean_std, overall, stated
+from experiments.config import RunConfig
 from experiments.data.corpus import open_corpus
 from experiments.dry_run import dry_run
 from experiments.experiment import Experiment, Preset, load, preset_of
@@ -21,6 +22,7 @@ from experiments.output import contents, elapsed, probe, stopwatch, write_json
 from experiments.overrides import flatten, with_overrides
 from experiments.progress import Bar
 from experiments.provenance import git_commit, provenance
+from experiments.report import CLAIM_COLUMNS, arm_cells, claim_cells
 from experiments.series import within_limit
 from experiments.train import FitResult, check, fit
 from moe.config import require
@@ -66,7 +68,7 @@ def run(
     if is_primary():
         write_json(out / "result.json", content)
         experiment.figure(content, out / "figure.png")
-        show(content, judged(preset, content["arms"]), console, out / "figure.png")
+        show(content, console, out / "figure.png")
     return content
 
 
@@ -219,16 +221,13 @@ def described(j: Judged) -> dict[str, Any]:
     }
 
 
-def show(content: dict[str, Any], verdicts: Sequence[Judged], console: Console, figure: Path) -> None:
+def show(content: dict[str, Any], console: Console, figure: Path) -> None:
     """The two tables, the verdict and the figure's path."""
     table = Table(title=f"{content['experiment']} ({content['preset']}): claimed beside measured")
-    for column in ("claim", "claimed", "paper", "measured mean ± sd", "per seed", "verdict"):
+    for column in CLAIM_COLUMNS:
         table.add_column(column, overflow="fold")
     for row in content["claim"]:
-        measured = row["measured"]
-        each = " ".join(f"{v:.4g}" for v in measured["values"])
-        size = f"{measured['mean']:.4g} ± {measured['std']:.2g}"
-        table.add_row(f"{row['text']} ({row['compared']})", row["claimed"], row["paper"], size, each, row["verdict"])
+        table.add_row(*claim_cells(row))
     console.print(table)
     console.print(arms_table(content["arms"]))
     console.print(f"verdict: [bold]{content['verdict']}[/bold]")
@@ -242,20 +241,18 @@ def wide_console() -> Console:
 
 
 def arms_table(arms: Mapping[str, Mapping[str, Any]]) -> Table:
-    shown = ("val_ce", "test_ce", "domain_expert_mi", "max_violation", "max_violation_sequence", "top_score", "step_ms")
-    columns = [key for key in shown if all(key in metrics for metrics in arms.values())]
+    columns, rows = arm_cells(arms)
     table = Table(title="arms: mean ± sd over seeds")
-    table.add_column("arm")
     for key in columns:
-        table.add_column(key, justify="right")
-    for arm, metrics in arms.items():
-        table.add_row(arm, *(f"{metrics[key]['mean']:.4g} ± {metrics[key]['std']:.2g}" for key in columns))
+        table.add_column(key, justify="left" if key == "arm" else "right")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
-def plan_table(preset: Preset) -> Table:
+def plan_table(arms: Mapping[str, RunConfig]) -> Table:
     """`--dry-run`: every arm's step lowered on a simulated mesh, and counted."""
-    counts = {arm: dry_run(config) for arm, config in preset.arms.items()}
+    counts = {arm: dry_run(config) for arm, config in arms.items()}
     keys = list(next(iter(counts.values())))
     table = Table(title="dry run: nothing is trained")
     table.add_column("")

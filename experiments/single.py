@@ -1,4 +1,4 @@
-"""The commands around one model: `train`, its dry run, and `check-cluster`."""
+"""The commands around one model and one cluster: `train` and `check-cluster`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from rich.table import Table
 
 from experiments.config import RunConfig
 from experiments.data.corpus import open_corpus
-from experiments.dry_run import dry_run
 from experiments.logs import check_loggers
 from experiments.output import contents, probe
 from experiments.progress import Bar
@@ -46,15 +45,6 @@ def train_one(
         for name, value in result.metrics.items():
             table.add_row(name, f"{value:.5g}")
         console.print(table)
-
-
-def print_dry_run(config: RunConfig) -> None:
-    table = Table(title="dry run: nothing is trained")
-    table.add_column("")
-    table.add_column("", justify="right")
-    for name, value in dry_run(config).items():
-        table.add_row(name.replace("_", " "), f"{value:,}")
-    Console().print(table)
 
 
 def print_cluster() -> None:

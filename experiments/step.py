@@ -154,6 +154,7 @@ def _pass_keys(config: RunConfig, step_key: Array) -> Array:
 
 
 def _shuffled(config: RunConfig, indices: Array, step_key: Array) -> Array:
+    """`shuffled_frequency` for every micro-batch of the step, [L, G, E]; its keys lie beyond those of any pass."""
     assert config.model.moe is not None
     groups = config.batch_size // config.balance.micro_batch_size
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(step_key, 1 << 20), i))(jnp.arange(groups))

@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 
 from experiments.config import RunConfig
 from experiments.data.corpus import Corpus, open_corpus
-from experiments.data.pipeline import batches, eval_sequences, make_dataset
+from experiments.data.pipeline import batches, check_fits, make_dataset
+from experiments.data.shards import SPLITS
 from experiments.evaluate import evaluate
 from experiments.logs import JsonLines, check_loggers, make_loggers
 from experiments.overrides import flatten
@@ -108,9 +109,8 @@ def check(config: RunConfig, corpus: Corpus) -> None:
         config.model.vocab_size,
         f"at least the corpus' vocabulary of {corpus.vocab_size}",
     )
-    make_dataset(corpus, "train", config.data.seq_len, config.seed)
-    for split in ("validation", "test"):
-        eval_sequences(corpus, split, config.data.seq_len, config.eval_tokens_per_domain)
+    for split in SPLITS:
+        check_fits(corpus, split, config.data.seq_len)
     if config.model.moe is not None:
         make_router(config.model.moe)
     make_optimizer(config.optimizer, config.steps)
@@ -168,9 +168,7 @@ def feeding(config: RunConfig, corpus: Corpus, mesh: Mesh, start_step: int) -> I
     try:
         yield on_mesh()
     finally:
-        close = getattr(source, "close", None)
-        if close is not None:
-            close()
+        source.close()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Literal
 Remat = Literal["none", "dots", "full"]
 ComputeDtype = Literal["float32", "bfloat16"]
 LayerKind = Literal["dense", "moe"]
+BalanceScope = Literal["none", "sequence", "microbatch", "shuffle_micro", "global_prefix", "global_exact"]
 
 
 def require(ok: bool, field: str, value: object, expected: str) -> None:

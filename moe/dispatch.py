@@ -35,24 +35,12 @@ class Dispatcher(Protocol):
 
 
 @dataclass(frozen=True)
-class Einsum:
-    """Every expert on every token, mixed by a one-hot gate [T, E]: E / K times the work, the oracle."""
-
-    def apply(self, x: Array, routing: RouterOutput, experts: ExpertParams) -> Array:
-        num_experts = experts.down.shape[0]
-        gate = routing.weights * routing.valid
-        one_hot = jax.nn.one_hot(routing.indices, num_experts)
-        scale = jnp.einsum("tk,tke->te", gate, one_hot).astype(x.dtype)
-        ones = jnp.einsum("tk,tke->te", routing.valid.astype(x.dtype), one_hot.astype(x.dtype))
-        inside, outside = (scale, ones) if routing.scale_on == "input" else (jnp.ones_like(scale), scale)
-        gate_up = jnp.einsum("te,td,edf->etf", inside, x, experts.gate_up)
-        a, b = jnp.split(gate_up, 2, axis=-1)
-        return jnp.einsum("te,etf,efd->td", outside, jax.nn.silu(a) * b, experts.down)
-
-
-@dataclass(frozen=True)
 class Grouped:
-    """Sort by expert, grouped SwiGLU, weighted gather back: dropless, work proportional to the valid assignments."""
+    """Sort by expert, grouped SwiGLU, weighted gather back: dropless, work proportional to the valid assignments.
+
+    `implementation="reference"` is the oracle instead: one-hot einsums of every expert on every token, E / K times the
+    work.
+    """
 
     implementation: Implementation = "auto"
     block_size: int = 0
@@ -109,7 +97,7 @@ def _received(expert: Array, num_experts: int) -> RouterOutput:
 def make_dispatcher(config: MoEConfig) -> Dispatcher:
     """The local dispatcher a config names."""
     if config.dispatcher == "einsum":
-        return Einsum()
+        return Grouped("reference")
     return Grouped("ragged_dot" if config.dispatcher == "ragged" else config.dispatcher, config.block_size)
 
 

@@ -14,17 +14,15 @@ Legend: L MoE layers, B sequences, G groups (one f each), S positions, E experts
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from moe.config import require
+from moe.config import BalanceScope, require
 from moe.routing import RouterOutput, expert_counts
-
-BalanceScope = Literal["none", "sequence", "microbatch", "shuffle_micro", "global_prefix", "global_exact"]
 
 
 @struct.dataclass

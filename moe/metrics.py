@@ -18,10 +18,8 @@ def max_violation(counts: Array) -> Array:
 
 
 def pass_metrics(stats: RoutingStats, micro_batch_size: int) -> dict[str, Array]:
-    """What one forward pass can tell; the train step averages these over accumulation steps, weighted by tokens.
-
-    `counts` [L, E] and `dropped` are sums, not means: they are added up instead.
-    """
+    """What one forward pass can tell; the train step averages these over its accumulation passes. Where the passes'
+    sequences are no multiple of `micro_batch_size`, the micro-batch figure is that of single sequences."""
     tokens = jnp.maximum(stats.tokens.sum(), 1.0)
     group = micro_batch_size if stats.tokens.shape[1] % micro_batch_size == 0 else 1
     return {

@@ -34,7 +34,7 @@ RULES: tuple[tuple[str, P], ...] = (
 
 def path_name(path: tuple[Any, ...]) -> str:
     """`/`-joined names of a key path: dict keys, attributes and tuple positions."""
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _fit(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:

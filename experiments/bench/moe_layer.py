@@ -22,6 +22,7 @@ from experiments.bench import report
 from experiments.bench.parts import forward_backward, moe_layer, normal
 from experiments.bench.peak import SQUARES, PeakMeter, seconds_of
 from experiments.bench.shape import StepShape
+from experiments.output import write_json
 from experiments.provenance import provenance
 from kernels.grouped_ffn import automatic_block_size
 from moe.config import require
@@ -85,7 +86,7 @@ def main(
         "layers": {str(layer.tokens_per_expert): asdict(layer) for layer in layers},
         "load_average_before": load, "provenance": provenance(),
     }  # fmt: skip
-    report.write_json(json, result)
+    write_json(json, result)
     console.print(shown(layers, meter))
     console.print(f"written to {json}")
     return result

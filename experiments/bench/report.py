@@ -1,13 +1,10 @@
-"""What every benchmark writes and shows: how busy the machine was, an atomic JSON file, a table."""
+"""What every benchmark writes and shows: how busy the machine was, whether the file can be written, a table."""
 
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Mapping, Sequence
-from json import dumps
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -22,19 +19,6 @@ def check_output(path: Path) -> None:
     parent = path.absolute().parent
     writable = parent.is_dir() and os.access(parent, os.W_OK)
     require(writable, "json", str(path), "a file in an existing, writable directory")
-
-
-def write_json(path: Path, result: Mapping[str, Any]) -> None:
-    """Writes the whole file or nothing: a temporary file beside it takes its name at the end."""
-    handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(dumps(result, indent=1) + "\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def load_before(console: Console) -> float:

@@ -23,6 +23,7 @@ from experiments.bench.peak import SQUARES
 from experiments.bench.protocol import Worker, WorkerError, closing_all, interleave
 from experiments.bench.shape import StepShape
 from experiments.bench.worktree import ROOT, resolve_revision, worktree
+from experiments.output import write_json
 from experiments.provenance import provenance
 from moe.config import require
 
@@ -65,7 +66,7 @@ def main(
     result = {"benchmark": "train-step", **result, "load_average_before": load, "provenance": provenance()}
     if commit:
         result["against"] |= {"revision": against, "commit": commit}
-    report.write_json(json, result)
+    write_json(json, result)
     for shown in tables(result):
         console.print(shown)
     console.print(f"written to {json}")

@@ -6,9 +6,9 @@ Legend: S predicted tokens per sequence, B sequences, N held-out sequences.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, cast
+from typing import cast
 
 import grain
 import numpy as np
@@ -52,7 +52,8 @@ class Windows:
         return window(self.stream, int(index), self.seq_len) | {"domain": np.array(self.domain, np.int32)}
 
 
-def _check_fits(corpus: Corpus, split: str, seq_len: int) -> None:
+def check_fits(corpus: Corpus, split: str, seq_len: int) -> None:
+    """Raises ValueError, with both numbers, if a domain's split is shorter than one window."""
     require(seq_len >= 1, "data.seq_len", seq_len, "at least 1")
     for name in corpus.domains:
         tokens = len(corpus.stream(name, split).tokens)
@@ -76,7 +77,7 @@ def make_dataset(corpus: Corpus, split: str, seq_len: int, seed: int) -> grain.M
     Raises:
       ValueError: a domain's split is shorter than one window (gives both numbers).
     """
-    _check_fits(corpus, split, seq_len)
+    check_fits(corpus, split, seq_len)
     seeds = np.random.SeedSequence(seed).generate_state(len(corpus.domains) + 1) >> 2  # grain adds to them, below 2^32
     parts = [
         grain.MapDataset.source(Windows(corpus.stream(name, split), seq_len, d)).shuffle(int(seeds[d + 1])).repeat()
@@ -107,7 +108,7 @@ def batch_at(dataset: grain.MapDataset, start: int, batch_size: int, process_ind
 
 
 def batches(dataset: grain.MapDataset, start: int, batch_size: int, process_index: int = 0,
-            process_count: int = 1) -> Iterator[Sample]:
+            process_count: int = 1) -> Generator[Sample, None, None]:
     """`batch_at` for start, start + B, start + 2B, ... without end; a thread makes the next ones meanwhile.
 
     Close the generator (or let it go) to stop the thread.
@@ -136,7 +137,7 @@ def eval_sequences(corpus: Corpus, split: str, seq_len: int, tokens_per_domain: 
     Raises:
       ValueError: tokens_per_domain < S, or a domain's split is shorter than one window.
     """
-    _check_fits(corpus, split, seq_len)
+    check_fits(corpus, split, seq_len)
     require(tokens_per_domain >= seq_len, "eval_tokens_per_domain", tokens_per_domain,
             f"at least seq_len = {seq_len}, one window")
     streams = [corpus.stream(name, split) for name in corpus.domains]
@@ -145,25 +146,3 @@ def eval_sequences(corpus: Corpus, split: str, seq_len: int, tokens_per_domain: 
     samples = [window(stream, i * count // n, seq_len) | {"domain": np.array(d, np.int32)}
                for d, (stream, count) in enumerate(zip(streams, counts)) for i in range(n)]
     return _stack(samples)
-
-
-class Shifted(NamedTuple):
-    """[..., S] each: what goes in, what is to be predicted, 1.0 where that prediction counts, and the inputs' ids."""
-
-    inputs: Any
-    targets: Any
-    target_weights: Any
-    segment_ids: Any
-    positions: Any
-
-
-def shift(batch: dict[str, Any]) -> Shifted:
-    """Splits samples [..., S + 1] (NumPy or JAX) into inputs and next-token targets.
-
-    A target counts if it lies in the same document as its input: the first token of a document is not predicted from
-    the one before, the end-of-document token is. Segment 0 is padding and never counts.
-    """
-    tokens, segments = batch["tokens"], batch["segment_ids"]
-    valid = (segments[..., 1:] == segments[..., :-1]) & (segments[..., :-1] > 0)
-    return Shifted(tokens[..., :-1], tokens[..., 1:], valid.astype(np.float32), segments[..., :-1],
-                   batch["positions"][..., :-1])

@@ -22,16 +22,16 @@ from typing import Any
 
 from experiments import recipes
 from experiments.claims import Claim
-from experiments.config import BalanceConfig, BalanceScopeName, MeshConfig, RunConfig
+from experiments.config import BalanceConfig, MeshConfig, RunConfig
 from experiments.experiment import Experiment, Preset
-from moe.config import ModelConfig, MoEConfig
+from moe.config import BalanceScope, ModelConfig, MoEConfig
 
-SCOPES: dict[str, BalanceScopeName] = {
+SCOPES: dict[str, BalanceScope] = {
     "micro": "microbatch",
     "shuffle_micro": "shuffle_micro",
     "global": "global_exact",
 }
-ALL_SCOPES: dict[str, BalanceScopeName] = {"sequence": "sequence", **SCOPES, "global_prefix": "global_prefix"}
+ALL_SCOPES: dict[str, BalanceScope] = {"sequence": "sequence", **SCOPES, "global_prefix": "global_prefix"}
 
 
 def claims(suffix: str = "") -> tuple[Claim, ...]:
@@ -71,7 +71,7 @@ def claims(suffix: str = "") -> tuple[Claim, ...]:
     )
 
 
-def with_scope(config: RunConfig, scope: BalanceScopeName, weight: float | None = None) -> RunConfig:
+def with_scope(config: RunConfig, scope: BalanceScope, weight: float | None = None) -> RunConfig:
     balance = replace(config.balance, scope=scope, weight=config.balance.weight if weight is None else weight)
     # With one pass the prefix is the whole batch: only accumulation tells the two apart.
     return replace(config, balance=balance, accumulation=4 if scope == "global_prefix" else config.accumulation)

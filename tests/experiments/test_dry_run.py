@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from experiments import dry_run as module
+from experiments.bench.shape import StepShape
 from experiments.dry_run import abstract_state, parameter_counts
 from experiments.experiment import load, names
-from experiments.recipes import PRESETS, bench, cluster
+from experiments.recipes import PRESETS, cluster
 from moe.routing import make_router
 
 dry_run = functools.cache(module.dry_run)
@@ -57,11 +58,13 @@ def test_the_paper_preset_is_as_large_as_the_paper_says():
 
 def test_bench_counts_are_the_arithmetic_of_its_shape():
     d, layers, experts, width, vocab = 256, 4, 16, 256, 1024
-    attention, router, expert, norms = 4 * d * d, d * experts, 3 * d * width, 2 * d
+    attention, router, expert = 4 * d * d, d * experts, 3 * d * width
+    norms = 2 * d + 2 * 64  # before attention and FFN; of queries and keys per head
     total = layers * (attention + router + experts * expert + norms) + d + 2 * vocab * d
     active = layers * (attention + router + 2 * expert + norms) + d + vocab * d
-    state, _ = abstract_state(bench())
-    assert parameter_counts(state.params, bench().model) == (total, active)
+    config = StepShape().run_config()
+    state, _ = abstract_state(config)
+    assert parameter_counts(state.params, config.model) == (total, active)
 
 
 def test_sharding_divides_what_a_device_holds():

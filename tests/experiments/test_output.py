@@ -89,3 +89,12 @@ def test_stopwatch_adds_up_over_interruptions(tmp_path, monkeypatch):
     with stopwatch(path):
         pass
     assert elapsed(path) == 7.5
+
+
+def test_what_cannot_be_written_as_json_leaves_the_old_file(tmp_path):
+    path = tmp_path / "result.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]

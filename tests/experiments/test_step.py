@@ -115,6 +115,10 @@ def test_padding_and_first_tokens_of_documents_are_not_targets():
     assert weights[0, 0].sum() == s
     assert weights[0, 1].sum() == 4  # positions 0..4 are real: four next tokens
     assert weights[0, 2].sum() == s - 1  # the step from document 1 to 2 is not predicted
+    ids = {"tokens": jnp.array([[5, 6, 0, 7, 0, 0]]), "segment_ids": jnp.array([[1, 1, 1, 2, 2, 0]])}
+    targets, weights = targets_of(ids)
+    assert targets.tolist() == [[6, 0, 7, 0, 0]]
+    assert weights.tolist() == [[1, 1, 0, 1, 0]]
 
 
 def step_hlo(mesh_shape, forward_only):

@@ -9,12 +9,13 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe.dispatch import Einsum, ExpertParams, Grouped, dispatch
+from moe.dispatch import ExpertParams, Grouped, dispatch
 from moe.layer import swiglu
 from moe.routing import RouterOutput
 from parallel.mesh import AXES, make_mesh
 
 T, D, F, E, K = 48, 8, 12, 8, 2
+ORACLE = Grouped("reference")  # itself against a loop over tokens below
 DISPATCHERS = {
     "blocks": Grouped("blocks", 16),
     "ragged": Grouped("ragged_dot"),
@@ -89,7 +90,7 @@ def test_equal_to_the_oracle(name, case):
     routing = routing_case(case)
     assert_tree_close(
         value_and_grads(DISPATCHERS[name], routing, x, experts, out),
-        value_and_grads(Einsum(), routing, x, experts, out),
+        value_and_grads(ORACLE, routing, x, experts, out),
     )
 
 
@@ -99,7 +100,7 @@ def test_token_counts_that_divide_nothing(num_tokens):
     routing = routing_case("plain", num_tokens)
     assert_tree_close(
         value_and_grads(DISPATCHERS["blocks"], routing, x, experts, out),
-        value_and_grads(Einsum(), routing, x, experts, out),
+        value_and_grads(ORACLE, routing, x, experts, out),
     )
 
 
@@ -108,7 +109,7 @@ def test_token_counts_that_divide_nothing(num_tokens):
 def test_sharded_equals_the_oracle_on_one_device(mesh_name, case):
     x, experts, out = inputs()
     routing = routing_case(case)
-    expected = value_and_grads(Einsum(), routing, x, experts, out)
+    expected = value_and_grads(ORACLE, routing, x, experts, out)
     mesh = make_mesh(*MESHES[mesh_name])
     tokens = NamedSharding(mesh, P(AXES, None))
     with jax.set_mesh(mesh):
@@ -122,11 +123,24 @@ def test_sharded_equals_the_oracle_on_one_device(mesh_name, case):
     assert_tree_close(jax.device_get(got), expected)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_the_oracle_equals_a_loop_over_tokens(case):
+    x, experts, _ = inputs()
+    routing = routing_case(case)
+    expected = np.zeros(x.shape, np.float32)
+    for t, k in np.argwhere(np.asarray(routing.valid)):
+        e, w = int(routing.indices[t, k]), float(routing.weights[t, k])
+        inside, outside = (w, 1.0) if routing.scale_on == "input" else (1.0, w)
+        gate, up = np.split(inside * np.asarray(x[t]) @ np.asarray(experts.gate_up[e]), 2)
+        expected[t] += outside * (gate / (1 + np.exp(-gate)) * up) @ np.asarray(experts.down[e])
+    assert_tree_close(dispatch(x, routing, experts, ORACLE), expected)
+
+
 def test_one_expert_is_a_dense_ffn():
     x, experts, _ = inputs(num_experts=1)
     routing = routing_case("plain", num_experts=1, k=1).replace(weights=jnp.ones((T, 1)))
     expected = swiglu(x, experts.gate_up[0], experts.down[0])
-    for local in (Einsum(), *DISPATCHERS.values()):
+    for local in (ORACLE, *DISPATCHERS.values()):
         assert_tree_close(dispatch(x, routing, experts, local), expected)
 
 

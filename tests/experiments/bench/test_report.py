@@ -1,20 +1,9 @@
-from json import loads
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from experiments.bench import report
-
-
-def test_the_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "result.json"
-    report.write_json(path, {"a": 1})
-    assert loads(path.read_text()) == {"a": 1}
-    with pytest.raises(TypeError):
-        report.write_json(path, {"a": object()})
-    assert loads(path.read_text()) == {"a": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 
 def test_bad_output_is_refused_before_anything_is_made(tmp_path: Path) -> None:

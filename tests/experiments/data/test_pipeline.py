@@ -1,6 +1,5 @@
 """The input pipeline is a function of (seed, index): any process count, any start, one domain per sequence."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,7 +11,6 @@ from experiments.data.pipeline import (
     eval_sequences,
     make_dataset,
     num_windows,
-    shift,
     shuffle_window,
     window,
 )
@@ -153,21 +151,6 @@ def test_too_long_windows_give_the_numbers():
         make_dataset(corpus, "train", 5000, 0)
     with pytest.raises(ValueError, match=r"batch_size = 6: expected divisible by the 4 processes"):
         batch_at(make_dataset(corpus, "train", SEQ, 0), 0, 6, 0, 4)
-
-
-@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
-def test_shift_masks_the_next_documents_first_token(array):
-    batch = {"tokens": array([[5, 6, 0, 7, 0, 0]]), "segment_ids": array([[1, 1, 1, 2, 2, 0]]),
-             "positions": array([[0, 1, 2, 0, 1, 0]])}
-    out = shift(batch)
-    assert np.asarray(out.inputs).tolist() == [[5, 6, 0, 7, 0]]
-    assert np.asarray(out.targets).tolist() == [[6, 0, 7, 0, 0]]
-    assert np.asarray(out.target_weights).tolist() == [[1, 1, 0, 1, 0]]
-    assert out.target_weights.dtype == np.float32
-    assert np.asarray(out.segment_ids).tolist() == [[1, 1, 1, 2, 2]]
-    assert np.asarray(out.positions).tolist() == [[0, 1, 2, 0, 1]]
-    padded = shift({name: array([[0, 0]]) for name in batch})
-    assert np.asarray(padded.target_weights).tolist() == [[0]]
 
 
 def test_synthetic_domains_differ_and_repeat():
