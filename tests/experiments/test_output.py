@@ -2,6 +2,7 @@
 
 import json
 import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -31,19 +32,25 @@ def test_probe_makes_the_directory_and_leaves_it_as_it_was(tmp_path):
     assert files(tmp_path) == ["a", "a/b", "a/b/kept"]
 
 
-@pytest.fixture
+@contextmanager
 def small_files():
-    """A limit of the operating system on the size of files: a write that really fails half way."""
+    """A limit of the operating system on the size of files: a write that really fails half way.
+
+    It holds for this whole process, so not a moment longer than the write: pytest's own output may go to a file.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_probe_finds_that_a_megabyte_does_not_fit(tmp_path, small_files):
+def test_probe_finds_that_a_megabyte_does_not_fit(tmp_path):
     (tmp_path / "there").mkdir()
     for out in (tmp_path / "there", tmp_path / "a" / "b"):
-        with pytest.raises(ValueError, match=r"--out = .*expected a writable directory with free space \(File too"):
+        message = r"--out = .*expected a writable directory with free space \(File too"
+        with pytest.raises(ValueError, match=message), small_files():
             probe(out)
     assert files(tmp_path) == ["there"]
 
@@ -55,10 +62,10 @@ def test_probe_below_a_file(tmp_path):
     assert files(tmp_path) == ["file"]
 
 
-def test_a_failed_write_keeps_the_old_file_and_no_other(tmp_path, small_files):
+def test_a_failed_write_keeps_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "result.json"
     write_json(path, {"old": 1})
-    with pytest.raises(OSError, match="File too large"):
+    with pytest.raises(OSError, match="File too large"), small_files():
         write_json(path, {"new": list(range(10_000))})
     assert files(tmp_path) == ["result.json"]
     assert json.loads(path.read_text()) == {"old": 1}
