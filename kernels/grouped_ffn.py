@@ -15,6 +15,7 @@ What a backward needs beyond the inputs is the pre-activations H [N, 2f] in sort
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -23,7 +24,16 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from kernels.checks import require, require_choice, require_integer, require_shape
-from kernels.grouped_matmul import BlockPlan, keep_rows, plan_blocks, set_window, window
+from kernels.grouped_matmul import (
+    Arrays,
+    Block,
+    SortedRows,
+    keep_rows,
+    set_window,
+    sort_rows,
+    walk_groups,
+    window,
+)
 from kernels.products import dot_lt, dot_rt, wide
 
 Implementation = Literal["auto", "blocks", "ragged_dot", "reference"]
@@ -41,7 +51,7 @@ class _Options(NamedTuple):
 class _Sorted(NamedTuple):
     """The assignments in expert order, padded by B so that the last window never runs over the end."""
 
-    plan: BlockPlan
+    rows: SortedRows
     token: Array  # [N + B] int32
     weight: Array  # [N + B]
 
@@ -62,12 +72,12 @@ def automatic_block_size(num_assignments: int, num_experts: int) -> int:
 
 def _sort(indices: Array, weights: Array, valid: Array, num_experts: int, block_size: int) -> _Sorted:
     expert_ids = jnp.where(valid, indices, num_experts).reshape(-1)
-    plan = plan_blocks(expert_ids, num_experts, block_size)
+    rows = sort_rows(expert_ids, num_experts)
     # Dropped assignments point at the first row: a window's tail must never read what nobody vouches for.
-    inside = jnp.arange(plan.order.shape[0], dtype=jnp.int32) < jnp.sum(plan.counts)
-    order = jnp.pad(jnp.where(inside, plan.order, plan.order[0]), (0, block_size), mode="edge")
+    inside = jnp.arange(rows.order.shape[0], dtype=jnp.int32) < jnp.sum(rows.counts)
+    order = jnp.pad(jnp.where(inside, rows.order, rows.order[0]), (0, block_size), mode="edge")
     weight = jnp.where(valid, weights, jnp.zeros((), weights.dtype)).reshape(-1)[order]
-    return _Sorted(plan, order // indices.shape[1], weight)
+    return _Sorted(rows, order // indices.shape[1], weight)
 
 
 def _take(rows: Array, index: Array) -> Array:
@@ -105,19 +115,24 @@ def _forward_blocks(options: _Options, x: Array, s: _Sorted, gate_up: Array, dow
     """
     size = options.block_size
 
-    def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        buffer, h = carry
-        start, stop, expert = s.plan.start[i], s.plan.stop[i], s.plan.expert[i]
-        dispatched = window(buffer, start, size)
-        rows = dispatched
-        if options.scale_on == "input":
-            rows = rows * window(s.weight, start, size)[:, None].astype(rows.dtype)
-        h_block = rows @ gate_up[expert]
-        y_block = _swiglu(h_block) @ down[expert]
-        return set_window(buffer, keep_rows(y_block, start, stop, dispatched), start), set_window(h, h_block, start)
+    def group(e: Array, blocks: Callable[[Block, Arrays], Arrays], carry: Arrays) -> Arrays:
+        gate_up_e, down_e = gate_up[e], down[e]
+
+        def block(start: Array, stop: Array, carry: Arrays) -> Arrays:
+            buffer, h = carry
+            dispatched = window(buffer, start, size)
+            rows = dispatched
+            if options.scale_on == "input":
+                rows = rows * window(s.weight, start, size)[:, None].astype(rows.dtype)
+            h_block = rows @ gate_up_e
+            y_block = keep_rows(_swiglu(h_block) @ down_e, start, stop, dispatched)
+            return set_window(buffer, y_block, start), set_window(h, h_block, start)
+
+        return blocks(block, carry)
 
     h = jnp.zeros((s.token.shape[0], gate_up.shape[2]), x.dtype)
-    return lax.fori_loop(0, s.plan.num_blocks, body, (_take(x, s.token), h))
+    y, h = walk_groups(s.rows.counts, size, group, (_take(x, s.token), h))
+    return y, h
 
 
 def _backward_blocks(
@@ -127,40 +142,48 @@ def _backward_blocks(
 
     The carried buffer holds the dispatched rows of d out, and each block replaces its own by dX.
     """
-    size = options.block_size
+    size, accumulate = options.block_size, wide(x.dtype)
 
-    def body(i: Array, carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+    def group(e: Array, blocks: Callable[[Block, Arrays], Arrays], carry: Arrays) -> Arrays:
         buffer, dweight, dgate_up, ddown = carry
-        start, stop, expert = s.plan.start[i], s.plan.stop[i], s.plan.expert[i]
-        dispatched = window(buffer, start, size)
-        rows, g = _take(x, window(s.token, start, size)), keep_rows(dispatched, start, stop)
-        scale = window(s.weight, start, size)[:, None].astype(x.dtype)
-        h_block = window(h, start, size)
-        activation, da = _swiglu(h_block), dot_rt(g, down[expert])
-        if options.scale_on == "output":
-            dscale = jnp.sum((activation * da).astype(s.weight.dtype), axis=1)
-            da, activation, scaled_rows = da * scale, activation * scale, rows
-        else:
-            scaled_rows = rows * scale
-        dh = _swiglu_transpose(h_block, da)
-        drows = dot_rt(dh, gate_up[expert])
-        if options.scale_on == "input":
-            dscale = jnp.sum((drows * rows).astype(s.weight.dtype), axis=1)
-            drows = drows * scale
-        return (
-            set_window(buffer, keep_rows(drows, start, stop, dispatched), start),
-            set_window(dweight, dscale, start),
-            dgate_up.at[expert].add(dot_lt(scaled_rows, dh)),
-            ddown.at[expert].add(dot_lt(activation, g)),
-        )
+        gate_up_e, down_e = gate_up[e], down[e]
+
+        def block(start: Array, stop: Array, carry: Arrays) -> Arrays:
+            buffer, dweight, dgate_up_e, ddown_e = carry
+            dispatched = window(buffer, start, size)
+            rows, g = _take(x, window(s.token, start, size)), keep_rows(dispatched, start, stop)
+            scale = window(s.weight, start, size)[:, None].astype(x.dtype)
+            h_block = window(h, start, size)
+            activation, da = _swiglu(h_block), dot_rt(g, down_e)
+            if options.scale_on == "output":
+                dscale = jnp.sum((activation * da).astype(s.weight.dtype), axis=1)
+                da, activation, scaled_rows = da * scale, activation * scale, rows
+            else:
+                scaled_rows = rows * scale
+            dh = _swiglu_transpose(h_block, da)
+            drows = dot_rt(dh, gate_up_e)
+            if options.scale_on == "input":
+                dscale = jnp.sum((drows * rows).astype(s.weight.dtype), axis=1)
+                drows = drows * scale
+            return (
+                set_window(buffer, keep_rows(drows, start, stop, dispatched), start),
+                set_window(dweight, dscale, start),
+                dgate_up_e + dot_lt(scaled_rows, dh),
+                ddown_e + dot_lt(activation, g),
+            )
+
+        zeros = jnp.zeros(gate_up_e.shape, accumulate), jnp.zeros(down_e.shape, accumulate)
+        buffer, dweight, dgate_up_e, ddown_e = blocks(block, (buffer, dweight, *zeros))
+        return buffer, dweight, dgate_up.at[e].set(dgate_up_e), ddown.at[e].set(ddown_e)
 
     carry = (
         _take(dout, s.token),
         jnp.zeros((s.token.shape[0],), s.weight.dtype),
-        jnp.zeros(gate_up.shape, wide(x.dtype)),
-        jnp.zeros(down.shape, wide(x.dtype)),
+        jnp.zeros(gate_up.shape, accumulate),
+        jnp.zeros(down.shape, accumulate),
     )
-    return lax.fori_loop(0, s.plan.num_blocks, body, carry)
+    dx, dweight, dgate_up, ddown = walk_groups(s.rows.counts, size, group, carry)
+    return dx, dweight, dgate_up, ddown
 
 
 def _forward_ragged(options: _Options, x: Array, s: _Sorted, gate_up: Array, down: Array) -> tuple[Array, Array]:
@@ -168,8 +191,8 @@ def _forward_ragged(options: _Options, x: Array, s: _Sorted, gate_up: Array, dow
     rows = _take(x, s.token)
     if options.scale_on == "input":
         rows = rows * s.weight[:, None].astype(x.dtype)
-    h = lax.ragged_dot(rows, gate_up, s.plan.counts)
-    return lax.ragged_dot(_swiglu(h), down, s.plan.counts), h
+    h = lax.ragged_dot(rows, gate_up, s.rows.counts)
+    return lax.ragged_dot(_swiglu(h), down, s.rows.counts), h
 
 
 def _backward_ragged(
@@ -177,18 +200,18 @@ def _backward_ragged(
 ) -> tuple[Array, Array, Array, Array]:
     """The same four arrays through grouped GEMMs; the transposes of `ragged_dot` are JAX's own."""
     sorted_row = jnp.arange(s.token.shape[0], dtype=jnp.int32)
-    inside = (sorted_row < jnp.sum(s.plan.counts))[:, None]
+    inside = (sorted_row < jnp.sum(s.rows.counts))[:, None]
     rows, scale = _take(x, s.token), s.weight[:, None].astype(x.dtype)
     g = jnp.where(inside, _take(dout, s.token), jnp.zeros((), x.dtype))
     on_output = options.scale_on == "output"
     activation = _swiglu(h)
-    _, into_down = jax.vjp(lambda a, w: lax.ragged_dot(a, w, s.plan.counts), activation, down)
+    _, into_down = jax.vjp(lambda a, w: lax.ragged_dot(a, w, s.rows.counts), activation, down)
     da, ddown = into_down(g * scale if on_output else g)
     dh = _swiglu_transpose(h, da)
-    _, into_up = jax.vjp(lambda a, w: lax.ragged_dot(a, w, s.plan.counts), rows if on_output else rows * scale, gate_up)
+    _, into_up = jax.vjp(lambda a, w: lax.ragged_dot(a, w, s.rows.counts), rows if on_output else rows * scale, gate_up)
     drows, dgate_up = into_up(dh)
     if on_output:
-        y = lax.ragged_dot(activation, down, s.plan.counts)
+        y = lax.ragged_dot(activation, down, s.rows.counts)
         dscale = jnp.sum((y * g).astype(s.weight.dtype), axis=1)
     else:
         dscale = jnp.sum((drows * rows).astype(s.weight.dtype), axis=1)
@@ -219,7 +242,7 @@ def _grouped_fwd(
     forward = partial(_forward_blocks, options), partial(_forward_ragged, options)
     y, h = _choose(options, *forward, x, s, *experts)
     scale = weights if options.scale_on == "output" else None
-    out = _combine(y, scale, s.plan.position.reshape(indices.shape), valid)
+    out = _combine(y, scale, s.rows.position.reshape(indices.shape), valid)
     return out, (x, weights, valid, gate_up, down, s, h)
 
 
@@ -228,7 +251,7 @@ def _grouped_bwd(options: _Options, residuals, dout: Array):
     experts = gate_up.astype(x.dtype), down.astype(x.dtype)
     backward = partial(_backward_blocks, options), partial(_backward_ragged, options)
     dx_sorted, dweight_sorted, dgate_up, ddown = _choose(options, *backward, x, s, *experts, h, dout)
-    position = s.plan.position.reshape(valid.shape)
+    position = s.rows.position.reshape(valid.shape)
     dx = _combine(dx_sorted, None, position, valid)
     dweights = jnp.where(valid, _take(dweight_sorted, position), jnp.zeros((), weights.dtype))
     return dx, None, dweights, None, dgate_up.astype(gate_up.dtype), ddown.astype(down.dtype)

@@ -1,18 +1,19 @@
-"""Products of row groups with their own matrices, and the block plan every grouped CPU loop shares.
+"""Products of row groups with their own matrices, and the walk over blocks every grouped CPU loop shares.
 
 Legend: M rows, E groups (experts), K and N the matrix sides, B rows of one block.
 
 `jax.lax.ragged_dot` on CPU is E masked copies and one big contraction: E times the arithmetic, forward and backward.
 Here rows sorted by group are walked in windows of B rows, each inside one group except for its tail. The tail belongs
-to the next groups; their own windows, later in the same loop, overwrite it. So rows are never moved to padded slots,
-a group costs ceil(rows / B) small 2-D products, and an empty group or a dropped row costs nothing: shapes are static,
-the trip count is data. A traced trip count is a while loop, which has no reverse mode, hence the hand-written VJP.
+to the next groups; their own windows, later in the walk, overwrite it. So rows are never moved to padded slots, a
+group costs ceil(rows / B) small 2-D products, and an empty group or a dropped row nearly nothing: shapes are static,
+trip counts are data. A traced trip count is a while loop, which has no reverse mode, hence the hand-written VJP.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,60 +23,36 @@ from kernels.checks import require, require_choice, require_integer, require_sha
 from kernels.products import dot_lt, dot_rt, wide
 
 Implementation = Literal["blocks", "reference", "ragged_dot"]
+Arrays = tuple[Array, ...]
 
 
-class BlockPlan(NamedTuple):
-    """Where each row goes once rows are sorted by expert, and the windows of B sorted rows that cover the valid ones.
+class SortedRows(NamedTuple):
+    """Where each row goes once rows are sorted by expert.
 
     Attributes:
       order: [N] int32, the row at each sorted position; dropped rows come last.
       position: [N] int32, the sorted position of each row (the inverse of `order`).
       counts: [E] int32, valid rows per expert.
-      expert: [N // B + E] int32, the expert of each block.
-      start: [N // B + E] int32, first sorted position of each block.
-      stop: [N // B + E] int32, one past the last position of the block that belongs to its expert (<= start + B).
-      num_blocks: [] int32, blocks in use; entries past it are meaningless.
     """
 
     order: Array
     position: Array
     counts: Array
-    expert: Array
-    start: Array
-    stop: Array
-    num_blocks: Array
 
 
-def _blocks(counts: Array, num_rows: int, block_size: int) -> tuple[Array, Array, Array, Array]:
-    """`expert`, `start`, `stop` and `num_blocks` of a plan, from the rows of each group."""
-    num_groups = counts.shape[0]
-    ends = jnp.cumsum(counts)
-    blocks_per_group = -(-counts // block_size)
-    block_ends = jnp.cumsum(blocks_per_group)
-    block = jnp.arange(num_rows // block_size + num_groups, dtype=jnp.int32)
-    expert = jnp.sum(block[:, None] >= block_ends[None, :], axis=1, dtype=jnp.int32)
-    expert = jnp.minimum(expert, num_groups - 1)
-    first_block = (block_ends - blocks_per_group)[expert]
-    start = (ends - counts)[expert] + (block - first_block) * block_size
-    stop = jnp.minimum(start + block_size, ends[expert])
-    return expert, start, stop, block_ends[-1]
-
-
-def plan_blocks(expert_ids: Array, num_experts: int, block_size: int) -> BlockPlan:
-    """Sorts rows by expert (stable) and covers each expert's rows with blocks.
+def sort_rows(expert_ids: Array, num_experts: int) -> SortedRows:
+    """Sorts rows by expert, stable.
 
     Args:
       expert_ids: [N] int, the expert of each row; `num_experts` (or more) drops the row.
       num_experts: E.
-      block_size: B.
 
     Raises:
-      ValueError: expert_ids is not a vector of integers; num_experts or block_size below 1.
+      ValueError: expert_ids is not a vector of integers; num_experts below 1.
     """
     require_shape("expert_ids", expert_ids, (None,), "[N]")
     require_integer("expert_ids", expert_ids)
     require(num_experts >= 1, "num_experts", num_experts, "at least 1")
-    require(block_size >= 1, "block_size", block_size, "at least 1")
     num_rows = expert_ids.shape[0]
     order = jnp.argsort(expert_ids, stable=True).astype(jnp.int32)
     position = (
@@ -84,7 +61,34 @@ def plan_blocks(expert_ids: Array, num_experts: int, block_size: int) -> BlockPl
         .set(jnp.arange(num_rows, dtype=jnp.int32), unique_indices=True, mode="promise_in_bounds")
     )
     counts = jnp.zeros((num_experts,), jnp.int32).at[expert_ids].add(1, mode="drop")
-    return BlockPlan(order, position, counts, *_blocks(counts, num_rows, block_size))
+    return SortedRows(order, position, counts)
+
+
+Block = Callable[[Array, Array, Any], Any]
+Group = Callable[[Array, Callable[[Block, Any], Any], Any], Any]
+
+
+def walk_groups(counts: Array, block_size: int, group: Group, carry: Any) -> Any:
+    """Walks the groups of sorted rows and the blocks of each: what `group(e, blocks, carry)` returns is carried on.
+
+    Inside it, `blocks(body, inner)` runs `inner = body(start, stop, inner)` for every window of B rows of group e,
+    from `start` on; rows from `stop` on belong to the next groups. Two loops, so that what a group needs (its weights)
+    or makes (their gradient) is read and written once per group, not per block.
+    """
+    ends = jnp.cumsum(counts)
+
+    def step(e: Array, carry: Any) -> Any:
+        count, stop = counts[e], ends[e]
+
+        def blocks(body: Block, inner: Any) -> Any:
+            def block(i: Array, inner: Any) -> Any:
+                return body(stop - count + i * block_size, stop, inner)
+
+            return lax.fori_loop(0, -(-count // block_size), block, inner)
+
+        return group(e, blocks, carry)
+
+    return lax.fori_loop(0, counts.shape[0], step, carry)
 
 
 def window(array: Array, start: Array, size: int) -> Array:
@@ -117,15 +121,18 @@ def _reference(x_MK: Array, w_EKN: Array, group_sizes: Array) -> Array:
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _blocks_matmul(x_MK: Array, w_EKN: Array, group_sizes: Array, block_size: int) -> Array:
     num_rows = x_MK.shape[0]
-    expert, start, stop, num_blocks = _blocks(group_sizes.astype(jnp.int32), num_rows, block_size)
     x_pad = jnp.pad(x_MK, ((0, block_size), (0, 0)))
 
-    def body(i: Array, out: Array) -> Array:
-        rows = window(x_pad, start[i], block_size) @ w_EKN[expert[i]]
-        return set_window(out, keep_rows(rows, start[i], stop[i]), start[i])
+    def group(e: Array, blocks: Callable[[Block, Array], Array], out: Array) -> Array:
+        w = w_EKN[e]
+
+        def block(start: Array, stop: Array, out: Array) -> Array:
+            return set_window(out, keep_rows(window(x_pad, start, block_size) @ w, start, stop), start)
+
+        return blocks(block, out)
 
     out = jnp.zeros((num_rows + block_size, w_EKN.shape[2]), x_MK.dtype)
-    return lax.fori_loop(0, num_blocks, body, out)[:num_rows]
+    return walk_groups(group_sizes.astype(jnp.int32), block_size, group, out)[:num_rows]
 
 
 def _blocks_matmul_fwd(x_MK: Array, w_EKN: Array, group_sizes: Array, block_size: int):
@@ -135,19 +142,24 @@ def _blocks_matmul_fwd(x_MK: Array, w_EKN: Array, group_sizes: Array, block_size
 def _blocks_matmul_bwd(block_size: int, residuals: tuple[Array, Array, Array], g_MN: Array):
     x_MK, w_EKN, group_sizes = residuals
     num_rows = x_MK.shape[0]
-    expert, start, stop, num_blocks = _blocks(group_sizes.astype(jnp.int32), num_rows, block_size)
     x_pad = jnp.pad(x_MK, ((0, block_size), (0, 0)))
     g_pad = jnp.pad(g_MN, ((0, block_size), (0, 0)))
 
-    def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    def group(e: Array, blocks: Callable[[Block, Arrays], Arrays], carry: Arrays) -> Arrays:
         dx, dw = carry
-        x = window(x_pad, start[i], block_size)
-        g = keep_rows(window(g_pad, start[i], block_size), start[i], stop[i])
-        dx = set_window(dx, dot_rt(g, w_EKN[expert[i]]), start[i])
-        return dx, dw.at[expert[i]].add(dot_lt(x, g))
+        w = w_EKN[e]
+
+        def block(start: Array, stop: Array, carry: Arrays) -> Arrays:
+            dx, dw_e = carry
+            x, g = window(x_pad, start, block_size), keep_rows(window(g_pad, start, block_size), start, stop)
+            return set_window(dx, dot_rt(g, w), start), dw_e + dot_lt(x, g)
+
+        dx, dw_e = blocks(block, (dx, jnp.zeros(w.shape, dw.dtype)))
+        return dx, dw.at[e].set(dw_e)
 
     dx = jnp.zeros((num_rows + block_size, x_MK.shape[1]), x_MK.dtype)
-    dx, dw = lax.fori_loop(0, num_blocks, body, (dx, jnp.zeros(w_EKN.shape, wide(x_MK.dtype))))
+    carry = dx, jnp.zeros(w_EKN.shape, wide(x_MK.dtype))
+    dx, dw = walk_groups(group_sizes.astype(jnp.int32), block_size, group, carry)
     return dx[:num_rows], dw.astype(w_EKN.dtype), None
 
 

@@ -9,6 +9,7 @@ Legend: B sequences, S positions, d hidden, H query heads, G key/value heads, D 
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -34,25 +35,49 @@ class TransformerOutput(NamedTuple):
     stats: RoutingStats | None
 
 
+def _inverse_rms(x: Array, eps: float) -> Array:
+    return jax.lax.rsqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True) + eps)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """x / rms(x) * scale over the last axis, statistics in float32 (1910.07467)."""
-    x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (normed * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
+    """x / rms(x) * scale over the last axis, statistics in float32 (1910.07467).
+
+    The gradient is written out, from x and one number per row: JAX's own keeps three arrays of x's size.
+    """
+    return _rms_norm_fwd(x, scale, eps)[0]
+
+
+def _rms_norm_fwd(x: Array, scale: Array, eps: float) -> tuple[Array, tuple[Array, Array, Array]]:
+    inverse = _inverse_rms(x, eps)
+    return (x * inverse * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype), (x, scale, inverse)
+
+
+def _rms_norm_bwd(eps: float, residuals: tuple[Array, Array, Array], g: Array) -> tuple[Array, Array]:
+    del eps
+    x, scale, inverse = residuals
+    normed, g = x * inverse, g.astype(jnp.float32)
+    dnormed = g * jnp.expand_dims(scale, range(x.ndim - 1))
+    dx = inverse * (dnormed - normed * jnp.mean(dnormed * normed, axis=-1, keepdims=True))
+    dscale = jnp.sum(g * normed, axis=tuple(range(x.ndim - 1)))
+    return dx.astype(x.dtype), dscale.astype(scale.dtype)
+
+
+rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
 
 
 def rope_tables(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """cos, sin [B, S, 1, D/2] of positions [B, S]; half-split layout as in Llama (2104.09864)."""
+    """cos and signed sin [B, S, 1, D] of positions [B, S] for `apply_rope`; half-split as in Llama (2104.09864)."""
     inverse = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angle = positions.astype(jnp.float32)[..., None, None] * inverse.reshape(1, 1, 1, -1)
-    return jnp.cos(angle), jnp.sin(angle)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
 
 def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotates the pairs (x_i, x_{i + D/2}) of x [B, S, H, D]."""
-    first, second = jnp.split(x, 2, axis=-1)
-    cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    """Rotates the pairs (x_i, x_{i + D/2}) of x [B, S, H, D]: the halves swap places, the table holds the signs."""
+    swapped = jnp.roll(x, x.shape[-1] // 2, axis=-1)
+    return x * cos.astype(x.dtype) + swapped * sin.astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -153,7 +178,9 @@ class Transformer(nn.Module):
                 rematerialised(Block, cfg.remat),
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType] length=length, unroll=cfg.unroll or length,
+                in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
+                length=length,
+                unroll=cfg.unroll or length,
             )(cfg, kind, name=f"runs_{run}")
             x, out = blocks(x, (state if kind == "moe" else {}, keys[layer : layer + length]), shared)
             layer += length

@@ -12,7 +12,9 @@ from __future__ import annotations
 import sys
 
 from experiments.bench.protocol import open_channel, serve
+from experiments.memory import keep_memory
 
+keep_memory()
 channel = open_channel()
 
 import functools  # noqa: E402

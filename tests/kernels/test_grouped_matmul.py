@@ -1,11 +1,11 @@
-"""Grouped matmul against a row-by-row NumPy oracle, and the block plan's invariants."""
+"""Grouped matmul against a row-by-row NumPy oracle, and the invariants of sorting and of the walk over blocks."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.grouped_matmul import grouped_matmul, plan_blocks
+from kernels.grouped_matmul import grouped_matmul, sort_rows, walk_groups
 
 M, K, N, E, B = 50, 6, 5, 4, 8
 SIZES = {
@@ -66,20 +66,29 @@ def test_bfloat16_accumulates_weight_gradients_in_float32():
 
 
 @pytest.mark.parametrize("ids", [[2, 0, 3, 2, 2, 4, 0, 2, 4, 2, 2], [4] * 11, [1] * 11])
-def test_plan_covers_each_valid_row_once(ids):
+def test_the_walk_meets_each_valid_row_once_in_stable_order(ids):
     num_experts, size = 4, 3
-    plan = jax.tree.map(np.asarray, plan_blocks(jnp.array(ids), num_experts, size))
-    np.testing.assert_array_equal(plan.order[plan.position], np.arange(len(ids)))
-    np.testing.assert_array_equal(plan.counts, np.bincount(ids, minlength=5)[:4])
-    assert plan.num_blocks == sum(-(-c // size) for c in plan.counts) <= len(plan.start)
-    seen = []
-    for block in range(plan.num_blocks):
-        rows = plan.order[plan.start[block] : plan.stop[block]]
-        assert 0 < len(rows) <= size
-        assert {ids[row] for row in rows} == {plan.expert[block]}
-        seen.extend(rows)
-    assert len(seen) == len(set(seen)) == sum(i < num_experts for i in ids)
-    assert all(np.diff(plan.order[: len(seen)][np.array(ids)[plan.order[: len(seen)]] == 2]) > 0), "stable sort"
+    rows = sort_rows(jnp.array(ids), num_experts)
+    order, valid = np.asarray(rows.order), sum(i < num_experts for i in ids)
+    np.testing.assert_array_equal(order[np.asarray(rows.position)], np.arange(len(ids)))
+    np.testing.assert_array_equal(rows.counts, np.bincount(ids, minlength=5)[:4])
+    kept = [row for row in range(len(ids)) if ids[row] < num_experts]
+    np.testing.assert_array_equal(order[:valid], sorted(kept, key=ids.__getitem__))
+
+    def group(e, blocks, carry):
+        def block(start, stop, carry):
+            seen, log, n = carry
+            inside = (jnp.arange(len(ids)) >= start) & (jnp.arange(len(ids)) < jnp.minimum(start + size, stop))
+            return seen + inside * (e + 1), log.at[n].set(jnp.stack([e, start, stop])), n + 1
+
+        return blocks(block, carry)
+
+    start = jnp.zeros(len(ids), jnp.int32), jnp.zeros((len(ids), 3), jnp.int32), 0
+    seen, log, n = jax.jit(lambda: walk_groups(rows.counts, size, group, start))()
+    np.testing.assert_array_equal(seen[:valid], [ids[row] + 1 for row in order[:valid]])
+    assert not np.any(seen[valid:])
+    assert n == sum(-(-c // size) for c in np.asarray(rows.counts))
+    assert all(first < stop for _, first, stop in np.asarray(log)[:n])
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,22 @@ def test_rms_norm_closed_form():
     )
 
 
+@pytest.mark.parametrize("shape", [(5, 6), (2, 3, 4, 6)])
+def test_rms_norm_gradient_is_that_of_the_plain_formula(shape):
+    rng = np.random.default_rng(0)
+    x, g, scale = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in (shape, shape, shape[-1:]))
+
+    def plain(x, scale):
+        return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 0.1) * jnp.expand_dims(scale, range(x.ndim - 1))
+
+    out, pull = jax.vjp(lambda x, scale: rms_norm(x, scale, 0.1), x, scale)
+    want, want_pull = jax.vjp(plain, x, scale)
+    for got, exact in zip((out, *pull(g)), (want, *want_pull(g))):
+        np.testing.assert_allclose(got, exact, rtol=1e-5, atol=1e-6)
+    bf16 = jax.vjp(lambda x, scale: rms_norm(x, scale, 0.1), x.astype(jnp.bfloat16), scale)
+    assert [leaf.dtype for leaf in (bf16[0], *bf16[1](g.astype(jnp.bfloat16)))] == [jnp.bfloat16] * 2 + [jnp.float32]
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
