@@ -4,9 +4,9 @@ Paper:     Qiu, Huang, Zheng, Wen, Wang, Men, Titov, Liu, Zhou, Lin; arXiv 2501.
 Claim:     balance asked of the whole global batch instead of every micro-batch lets experts specialise by domain and
            lowers the loss; sampling the frequency from the global batch at micro-batch size (shuffle) does the same.
 Command:   python -m experiments run global-batch-lbl --preset cpu
-Time:      8 minutes on 2 cores (7.6 measured, AMD EPYC); cpu-long is made for at most 60.
-Result:    cpu, 2 seeds: I(domain; expert) global / micro 6.76x (claimed >= 3x: holds); validation CE global - micro
-           -0.0150 nats (claimed <= -0.0159: inconclusive), shuffle - micro -0.0121 (<= -0.0155: inconclusive).
+Time:      8 minutes on 2 cores (7.4 measured, AMD EPYC); cpu-long is made for at most 60.
+Result:    cpu, 2 seeds: I(domain; expert) global / micro 6.17x (claimed >= 3x: holds); validation CE global - micro
+           -0.0123 nats (claimed <= -0.0159: inconclusive), shuffle - micro -0.0103 (<= -0.0155: inconclusive).
            Everything else in REPRODUCTIONS.md, generated from results/.
 
 Protocol, fixed beforehand: same initial weights and data order per seed, same tokens, same balance weight, dropless.
