@@ -60,9 +60,17 @@ class _Place(NamedTuple):
         return lax.dynamic_slice(x_BGRS, (self.b, self.g, 0, first), size).reshape(-1)
 
 
-def _mask(place: _Place, repeats: int, first: int, end: int) -> tuple[Array, Array]:
-    """Position and segment of R stacked heads' queries [first, end), each [R * Q]."""
-    return jnp.tile(jnp.arange(first, end), repeats), jnp.tile(place.segments(first, end), repeats)
+def _mask(place: _Place, repeats: int, first: int, end: int, query_axis: Literal[0, 1]) -> Array:
+    """Which of the keys [0, end) the queries [first, end) of R stacked heads see: [R * Q, end], or its transpose."""
+
+    def along_queries(x_Q: Array) -> Array:
+        return jnp.expand_dims(jnp.tile(x_Q, repeats), 1 - query_axis)
+
+    def along_keys(x: Array) -> Array:
+        return jnp.expand_dims(x, query_axis)
+
+    causal = along_queries(jnp.arange(first, end)) >= along_keys(jnp.arange(end))
+    return causal & (along_queries(place.segments(first, end)) == along_keys(place.segments(0, end)))
 
 
 def _stack(x_SRD: Array, first: int, end: int) -> Array:
@@ -79,9 +87,7 @@ def _head_forward(place: _Place, q_SRD: Array, k_SD: Array, v_SD: Array) -> tupl
     """One key-value head and its R (scaled) query heads: output [S, R, D] and log-sum-exp [S, R]."""
     outputs, log_sums = [], []
     for first, end in _query_blocks(k_SD.shape[0]):
-        position, segment = _mask(place, q_SRD.shape[1], first, end)
-        causal = position[:, None] >= jnp.arange(end)[None, :]
-        mask = causal & (segment[:, None] == place.segments(0, end)[None, :])
+        mask = _mask(place, q_SRD.shape[1], first, end, query_axis=0)
         scores = jnp.where(mask, dot_rt(_stack(q_SRD, first, end), k_SD[:end], accumulate=True), _MASKED)
         top = jnp.max(scores, axis=1)
         weights = jnp.exp(scores - top[:, None])
@@ -102,9 +108,7 @@ def _head_backward(
     dq, dk, dv = [], None, None
     for first, end in reversed(_query_blocks(k_SD.shape[0])):
         q, g = _stack(q_SRD, first, end), _stack(g_SRD, first, end)
-        position, segment = _mask(place, q_SRD.shape[1], first, end)
-        causal = position[None, :] >= jnp.arange(end)[:, None]
-        mask = causal & (segment[None, :] == place.segments(0, end)[:, None])
+        mask = _mask(place, q_SRD.shape[1], first, end, query_axis=1)
         scores = jnp.where(mask, dot_rt(k_SD[:end], q, accumulate=True), _MASKED)
         weights = jnp.exp(scores - place.rows(log_sum_BGRS, first, end)[None, :])
         dweights = dot_rt(v_SD[:end], g, accumulate=True)
@@ -176,11 +180,11 @@ def _blocks_backward(
 ) -> tuple[Array, Array, Array]:
     """Gradients of q, k and v; `g` is zero at padding."""
 
-    def rows(x_BSH: Array) -> Array:
+    def positions_last(x_BSH: Array) -> Array:
         return jnp.moveaxis(_grouped_heads(x_BSH, k.shape[2]), 1, 3)
 
-    log_sum_BGRS = rows(log_sum)
-    delta_BGRS = rows(jnp.sum(out.astype(log_sum.dtype) * g.astype(log_sum.dtype), axis=-1))
+    log_sum_BGRS = positions_last(log_sum)
+    delta_BGRS = positions_last(jnp.sum(out.astype(log_sum.dtype) * g.astype(log_sum.dtype), axis=-1))
 
     def head(place: _Place, q_SRD: Array, k_SRD: Array, v_SRD: Array, g_SRD: Array):
         k_SD, v_SD = k_SRD[:, 0], v_SRD[:, 0]

@@ -15,7 +15,6 @@ What a backward needs beyond the inputs is the pre-activations H [N, 2f] in sort
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -26,7 +25,7 @@ from jax import Array, lax
 from kernels.checks import require, require_choice, require_integer, require_shape
 from kernels.grouped_matmul import (
     Arrays,
-    Block,
+    Blocks,
     SortedRows,
     keep_rows,
     set_window,
@@ -115,7 +114,7 @@ def _forward_blocks(options: _Options, x: Array, s: _Sorted, gate_up: Array, dow
     """
     size = options.block_size
 
-    def group(e: Array, blocks: Callable[[Block, Arrays], Arrays], carry: Arrays) -> Arrays:
+    def group(e: Array, blocks: Blocks, carry: Arrays) -> Arrays:
         gate_up_e, down_e = gate_up[e], down[e]
 
         def block(start: Array, stop: Array, carry: Arrays) -> Arrays:
@@ -144,7 +143,7 @@ def _backward_blocks(
     """
     size, accumulate = options.block_size, wide(x.dtype)
 
-    def group(e: Array, blocks: Callable[[Block, Arrays], Arrays], carry: Arrays) -> Arrays:
+    def group(e: Array, blocks: Blocks, carry: Arrays) -> Arrays:
         buffer, dweight, dgate_up, ddown = carry
         gate_up_e, down_e = gate_up[e], down[e]
 

@@ -65,15 +65,26 @@ def sort_rows(expert_ids: Array, num_experts: int) -> SortedRows:
 
 
 Block = Callable[[Array, Array, Any], Any]
-Group = Callable[[Array, Callable[[Block, Any], Any], Any], Any]
+Blocks = Callable[[Block, Any], Any]
+Group = Callable[[Array, Blocks, Any], Any]
 
 
 def walk_groups(counts: Array, block_size: int, group: Group, carry: Any) -> Any:
-    """Walks the groups of sorted rows and the blocks of each: what `group(e, blocks, carry)` returns is carried on.
+    """Walks the groups of sorted rows, and the blocks of each, in order; not differentiable.
 
-    Inside it, `blocks(body, inner)` runs `inner = body(start, stop, inner)` for every window of B rows of group e,
-    from `start` on; rows from `stop` on belong to the next groups. Two loops, so that what a group needs (its weights)
-    or makes (their gradient) is read and written once per group, not per block.
+    Two loops, so that what a group needs (its weights) or makes (their gradient) is read and written once per group,
+    not per block.
+
+    Args:
+      counts: [E] int32, rows per group, none negative (data: not checked).
+      block_size: B.
+      group: `carry = group(e, blocks, carry)` for every group e. Inside it, `blocks(body, inner)` returns the last
+        `inner = body(start, stop, inner)` over the windows of B rows from `start` on; rows from `stop` on belong to
+        the next groups. e, start and stop are int32 scalars.
+      carry: arrays of fixed shapes and dtypes.
+
+    Returns:
+      The last carry.
     """
     ends = jnp.cumsum(counts)
 
@@ -123,7 +134,7 @@ def _blocks_matmul(x_MK: Array, w_EKN: Array, group_sizes: Array, block_size: in
     num_rows = x_MK.shape[0]
     x_pad = jnp.pad(x_MK, ((0, block_size), (0, 0)))
 
-    def group(e: Array, blocks: Callable[[Block, Array], Array], out: Array) -> Array:
+    def group(e: Array, blocks: Blocks, out: Array) -> Array:
         w = w_EKN[e]
 
         def block(start: Array, stop: Array, out: Array) -> Array:
@@ -145,7 +156,7 @@ def _blocks_matmul_bwd(block_size: int, residuals: tuple[Array, Array, Array], g
     x_pad = jnp.pad(x_MK, ((0, block_size), (0, 0)))
     g_pad = jnp.pad(g_MN, ((0, block_size), (0, 0)))
 
-    def group(e: Array, blocks: Callable[[Block, Arrays], Arrays], carry: Arrays) -> Arrays:
+    def group(e: Array, blocks: Blocks, carry: Arrays) -> Arrays:
         dx, dw = carry
         w = w_EKN[e]
 

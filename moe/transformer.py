@@ -41,9 +41,9 @@ def _inverse_rms(x: Array, eps: float) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """x / rms(x) * scale over the last axis, statistics in float32 (1910.07467).
+    """x / rms(x) * scale over the last axis, [..., d] and [d] -> [..., d] in x's dtype; statistics in float32.
 
-    The gradient is written out, from x and one number per row: JAX's own keeps three arrays of x's size.
+    (1910.07467.) The gradient is written out, from x and one number per row: JAX's own keeps three arrays of x's size.
     """
     return _rms_norm_fwd(x, scale, eps)[0]
 

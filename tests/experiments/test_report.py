@@ -138,3 +138,6 @@ def test_what_is_typed_by_hand_is_what_the_committed_result_says():
         assert line.endswith(f" {row['verdict']} |")
         assert typed in (experiment.__doc__ or "")
     assert f"**{content['verdict']}**" in readme
+    for row in json.loads((folder / "results" / "cpu-long.json").read_text())["claim"]:
+        mean, std = row["measured"]["mean"], row["measured"]["std"]
+        assert (f"{mean:.2f}x" if "/" in row["compared"] else f"{mean:.4f} ± {std:.4f}") in readme

@@ -84,8 +84,17 @@ def test_padding_reaches_neither_counts_nor_outputs():
     assert float(stats.counts.sum()) == 7 * MOE.top_k * BASE.num_layers
 
 
-@pytest.mark.parametrize("change", [{"remat": "full"}, {"remat": "dots"}, {"unroll": 0}, {"unroll": 3}], ids=str)
-def test_remat_and_unrolling_change_nothing(change):
+@pytest.mark.parametrize(
+    ("change", "trace"),
+    [
+        ({"remat": "full"}, "policy=None"),
+        ({"remat": "dots"}, "remat2["),
+        ({"unroll": 0}, "unroll=3"),  # all of the layers
+        ({"unroll": 3}, "unroll=3"),
+    ],
+    ids=str,
+)
+def test_remat_and_unrolling_change_the_program_but_not_its_results(change, trace):
     params, run = build(BASE)
     _, other = build(replace(BASE, **change))
     batch = inputs()
@@ -93,6 +102,11 @@ def test_remat_and_unrolling_change_nothing(change):
     def loss(fn):
         return jax.jit(jax.value_and_grad(lambda p: jnp.mean(jnp.square(fn(p, *batch)[0]))))(params)
 
+    def program(fn):
+        return str(jax.make_jaxpr(jax.grad(lambda p: jnp.sum(fn(p, *batch)[0])))(params))
+
+    assert trace in program(other)
+    assert trace not in program(run)
     (a, ga), (b, gb) = loss(run), loss(other)
     assert float(a) == pytest.approx(float(b), rel=1e-6)
     for x, y in zip(jax.tree.leaves(ga), jax.tree.leaves(gb)):
