@@ -5,8 +5,9 @@ Legend: M rows, E groups (experts), K and N the matrix sides, B rows of one bloc
 `jax.lax.ragged_dot` on CPU is E masked copies and one big contraction: E times the arithmetic, forward and backward.
 Here rows sorted by group are walked in windows of B rows, each inside one group except for its tail. The tail belongs
 to the next groups; their own windows, later in the walk, overwrite it. So rows are never moved to padded slots, a
-group costs ceil(rows / B) small 2-D products, and an empty group or a dropped row nearly nothing: shapes are static,
-trip counts are data. A traced trip count is a while loop, which has no reverse mode, hence the hand-written VJP.
+group costs ceil(rows / B) 2-D products, and an empty group or a dropped row nearly nothing: shapes are static, trip
+counts are data. B is the group's own choice among a few static sizes, so that most groups are one block with little
+padding. A traced trip count is a while loop, which has no reverse mode, hence the hand-written VJP.
 """
 
 from __future__ import annotations
@@ -64,42 +65,64 @@ def sort_rows(expert_ids: Array, num_experts: int) -> SortedRows:
     return SortedRows(order, position, counts)
 
 
-Block = Callable[[Array, Array, Any], Any]
+Block = Callable[[int, Array, Array, Any], Any]
 Blocks = Callable[[Block, Any], Any]
 Group = Callable[[Array, Blocks, Any], Any]
 
 
-def walk_groups(counts: Array, block_size: int, group: Group, carry: Any) -> Any:
+def choose_blocks(counts: Array, sizes: tuple[int, ...]) -> tuple[Array, Array]:
+    """The block size of each group and how many blocks it takes.
+
+    As few blocks as the largest size allows, equally long, of the smallest size that holds them.
+
+    Args:
+      counts: [...] int, rows per group.
+      sizes: the sizes to choose from, ascending.
+
+    Returns:
+      size, number: [...] int32.
+    """
+    share = -(-counts // jnp.maximum(-(-counts // sizes[-1]), 1))
+    size = jnp.asarray(sizes, jnp.int32)[jnp.searchsorted(jnp.asarray(sizes, jnp.int32), share)]
+    return size, (-(-counts // size)).astype(jnp.int32)
+
+
+def walk_groups(counts: Array, sizes: tuple[int, ...], group: Group, carry: Any) -> Any:
     """Walks the groups of sorted rows, and the blocks of each, in order; not differentiable.
 
     Two loops, so that what a group needs (its weights) or makes (their gradient) is read and written once per group,
-    not per block.
+    not per block. Sizes are loops in a row of which one runs: behind a `lax.switch` XLA:CPU would copy the carry.
 
     Args:
       counts: [E] int32, rows per group, none negative (data: not checked).
-      block_size: B.
+      sizes: block sizes, ascending; each group takes the one `choose_blocks` gives it.
       group: `carry = group(e, blocks, carry)` for every group e. Inside it, `blocks(body, inner)` returns the last
-        `inner = body(start, stop, inner)` over the windows of B rows from `start` on; rows from `stop` on belong to
-        the next groups. e, start and stop are int32 scalars.
+        `inner = body(size, start, stop, inner)` over the windows of `size` rows from `start` on; rows from `stop` on
+        belong to the next groups. e, start and stop are int32 scalars, size is static.
       carry: arrays of fixed shapes and dtypes.
 
     Returns:
       The last carry.
     """
     ends = jnp.cumsum(counts)
+    chosen, number = choose_blocks(counts, sizes)
 
     def step(e: Array, carry: Any) -> Any:
-        count, stop = counts[e], ends[e]
+        first = ends[e] - counts[e]
 
         def blocks(body: Block, inner: Any) -> Any:
-            def block(i: Array, inner: Any) -> Any:
-                return body(stop - count + i * block_size, stop, inner)
-
-            return lax.fori_loop(0, -(-count // block_size), block, inner)
+            for size in sizes:
+                block = partial(_block, body, size, first, ends[e])
+                inner = lax.fori_loop(0, jnp.where(chosen[e] == size, number[e], 0), block, inner)
+            return inner
 
         return group(e, blocks, carry)
 
     return lax.fori_loop(0, counts.shape[0], step, carry)
+
+
+def _block(body: Block, size: int, first: Array, stop: Array, i: Array, inner: Any) -> Any:
+    return body(size, first + i * size, stop, inner)
 
 
 def window(array: Array, start: Array, size: int) -> Array:
@@ -137,13 +160,13 @@ def _blocks_matmul(x_MK: Array, w_EKN: Array, group_sizes: Array, block_size: in
     def group(e: Array, blocks: Blocks, out: Array) -> Array:
         w = w_EKN[e]
 
-        def block(start: Array, stop: Array, out: Array) -> Array:
-            return set_window(out, keep_rows(window(x_pad, start, block_size) @ w, start, stop), start)
+        def block(size: int, start: Array, stop: Array, out: Array) -> Array:
+            return set_window(out, keep_rows(window(x_pad, start, size) @ w, start, stop), start)
 
         return blocks(block, out)
 
     out = jnp.zeros((num_rows + block_size, w_EKN.shape[2]), x_MK.dtype)
-    return walk_groups(group_sizes.astype(jnp.int32), block_size, group, out)[:num_rows]
+    return walk_groups(group_sizes.astype(jnp.int32), (block_size,), group, out)[:num_rows]
 
 
 def _blocks_matmul_fwd(x_MK: Array, w_EKN: Array, group_sizes: Array, block_size: int):
@@ -160,9 +183,9 @@ def _blocks_matmul_bwd(block_size: int, residuals: tuple[Array, Array, Array], g
         dx, dw = carry
         w = w_EKN[e]
 
-        def block(start: Array, stop: Array, carry: Arrays) -> Arrays:
+        def block(size: int, start: Array, stop: Array, carry: Arrays) -> Arrays:
             dx, dw_e = carry
-            x, g = window(x_pad, start, block_size), keep_rows(window(g_pad, start, block_size), start, stop)
+            x, g = window(x_pad, start, size), keep_rows(window(g_pad, start, size), start, stop)
             return set_window(dx, dot_rt(g, w), start), dw_e + dot_lt(x, g)
 
         dx, dw_e = blocks(block, (dx, jnp.zeros(w.shape, dw.dtype)))
@@ -170,7 +193,7 @@ def _blocks_matmul_bwd(block_size: int, residuals: tuple[Array, Array, Array], g
 
     dx = jnp.zeros((num_rows + block_size, x_MK.shape[1]), x_MK.dtype)
     carry = dx, jnp.zeros(w_EKN.shape, wide(x_MK.dtype))
-    dx, dw = walk_groups(group_sizes.astype(jnp.int32), block_size, group, carry)
+    dx, dw = walk_groups(group_sizes.astype(jnp.int32), (block_size,), group, carry)
     return dx[:num_rows], dw.astype(w_EKN.dtype), None
 
 

@@ -34,8 +34,7 @@ class MoEConfig:
         returns a `moe.routing.Router`.
       renormalize: divide the k kept probabilities by their sum (Mixtral, Qwen3) or keep them (OLMoE).
       dispatcher: `blocks` (CPU default), `einsum` (the oracle), `ragged` (grouped GEMM on GPU), or `auto`.
-      block_size: rows of one padded block of the `blocks` dispatcher; 0 picks 128, or 64 when few tokens
-        meet each expert.
+      block_size: rows of one block of the `blocks` dispatcher; 0 lets each expert choose among several sizes.
     """
 
     num_experts: int = 16

@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
@@ -24,7 +25,8 @@ from experiments.bench.peak import SQUARES, PeakMeter, seconds_of
 from experiments.bench.shape import StepShape
 from experiments.output import write_json
 from experiments.provenance import provenance
-from kernels.grouped_ffn import automatic_block_size
+from kernels.grouped_ffn import automatic_block_sizes
+from kernels.grouped_matmul import choose_blocks
 from moe.config import require
 from moe.layer import DenseFFN
 
@@ -42,7 +44,7 @@ class LayerFigures:
     dense_ms: float
     floor_ms: float
     padding_share: float
-    block_size: int
+    block_sizes: list[int]
     moe_samples: list[float]
     dense_samples: list[float]
 
@@ -113,7 +115,7 @@ def interleaved(
     moe, dense = moe_layer(shape).call, dense_ffn(shape)
     (_, counts, *_), _ = moe()
     jax.block_until_ready(dense())
-    share = padding_share(np.asarray(counts).sum(axis=0), block_size(shape))
+    share = padding_share(np.asarray(counts).sum(axis=0), block_sizes(shape))
     taken: tuple[list[float], list[float]] = [], []
     for index in range(rounds):
         for which in (0, 1) if index % 2 else (1, 0):
@@ -123,14 +125,14 @@ def interleaved(
     return share, *taken
 
 
-def block_size(shape: StepShape) -> int:
-    return automatic_block_size(shape.tokens * shape.top_k, shape.experts)
+def block_sizes(shape: StepShape) -> tuple[int, ...]:
+    return automatic_block_sizes(shape.tokens * shape.top_k, shape.experts)
 
 
-def padding_share(counts: np.ndarray, size: int) -> float:
-    """Each expert's rows are multiplied in blocks of `size`: the share of those rows that holds no assignment."""
-    multiplied = float(np.sum(np.ceil(counts / size)) * size)
-    return 1.0 - float(np.sum(counts)) / multiplied
+def padding_share(counts: np.ndarray, sizes: tuple[int, ...]) -> float:
+    """The share of the rows multiplied, block by block, that holds no assignment."""
+    size, number = choose_blocks(jnp.asarray(counts, jnp.int32), sizes)
+    return 1.0 - float(np.sum(counts)) / float(jnp.sum(size * number))
 
 
 def figures(shape: StepShape, share: float, moe: list[float], dense: list[float], peak: float) -> LayerFigures:
@@ -139,16 +141,16 @@ def figures(shape: StepShape, share: float, moe: list[float], dense: list[float]
     return LayerFigures(
         tokens_per_expert=shape.tokens * shape.top_k // shape.experts, tokens=shape.tokens,
         ratio=median(m / d for m, d in zip(moe, dense)), moe_ms=1e3 * median(moe), dense_ms=1e3 * median(dense),
-        floor_ms=1e3 * arithmetic / peak, padding_share=share, block_size=block_size(shape),
+        floor_ms=1e3 * arithmetic / peak, padding_share=share, block_sizes=list(block_sizes(shape)),
         moe_samples=moe, dense_samples=dense,
     )  # fmt: skip
 
 
 def shown(layers: list[LayerFigures], meter: PeakMeter) -> Any:
-    columns = ["tokens per expert", "MoE / dense", "MoE ms", "dense ms", "floor ms", "padding", "block"]
+    columns = ["tokens per expert", "MoE / dense", "MoE ms", "dense ms", "floor ms", "padding", "blocks of"]
     rows = [
         [str(of.tokens_per_expert), f"{of.ratio:.2f}", f"{of.moe_ms:.1f}", f"{of.dense_ms:.1f}", f"{of.floor_ms:.1f}",
-         f"{of.padding_share:.0%}", str(of.block_size)]
+         f"{of.padding_share:.0%}", f"{of.block_sizes[0]} to {of.block_sizes[-1]}"]
         for of in layers
     ]  # fmt: skip
     title = f"MoE layer, forward and backward; peak {meter.peak / 1e9:.0f} GFLOP/s ({meter.best_shape})"

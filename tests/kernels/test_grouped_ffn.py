@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from kernels.grouped_ffn import automatic_block_size, grouped_swiglu
+from kernels.grouped_ffn import automatic_block_sizes, grouped_swiglu
 
 T, K, E, D, F, B = 45, 2, 5, 8, 6, 8
 
@@ -92,9 +92,10 @@ def test_gradients_match_finite_differences(scale_on):
         np.testing.assert_allclose(exact, numeric, rtol=1e-8)
 
 
+@pytest.mark.parametrize("routing", ["some_invalid", "one_takes_all"])
 @pytest.mark.parametrize("block_size", [1, 7, 64, 0])
-def test_block_size_changes_nothing(block_size):
-    inputs = problem("some_invalid")
+def test_block_size_changes_nothing(block_size, routing):
+    inputs = problem(routing)
     assert_close(
         value_and_grads(*inputs, implementation="blocks", block_size=block_size),
         value_and_grads(*inputs, implementation="reference"),
@@ -209,6 +210,7 @@ def test_bad_input_names_field_and_value(change, message):
         grouped_swiglu(**(dict(zip(names, problem())) | change))
 
 
-@pytest.mark.parametrize(("mean", "size"), [(1, 32), (64, 80), (128, 160), (256, 128), (512, 192), (4096, 256)])
-def test_automatic_block_size_follows_the_mean_load(mean, size):
-    assert automatic_block_size(16 * mean, 16) == size
+@pytest.mark.parametrize(("mean", "unit"), [(1, 16), (64, 16), (128, 16), (256, 32), (512, 64), (4096, 64)])
+def test_automatic_block_sizes_follow_the_mean_load(mean, unit):
+    sizes = automatic_block_sizes(16 * mean, 16)
+    assert sizes == tuple(range(unit, min(12 * unit, 16 * mean) + 1, unit))

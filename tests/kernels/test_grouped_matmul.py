@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.grouped_matmul import grouped_matmul, sort_rows, walk_groups
+from kernels.grouped_matmul import choose_blocks, grouped_matmul, sort_rows, walk_groups
 
 M, K, N, E, B = 50, 6, 5, 4, 8
 SIZES = {
@@ -65,9 +65,22 @@ def test_bfloat16_accumulates_weight_gradients_in_float32():
         np.testing.assert_allclose(np.asarray(got, np.float64), exact, atol=2**-8 * np.abs(exact).max())
 
 
+@pytest.mark.parametrize("sizes", [(3,), (2, 4), (1, 2, 3, 5)])
+def test_chosen_blocks_are_few_equal_and_tight(sizes):
+    counts = np.arange(40)
+    size, number = (np.asarray(x) for x in choose_blocks(jnp.asarray(counts), sizes))
+    assert (number * size >= counts).all()
+    assert ((number - 1) * size < np.maximum(counts, 1)).all(), "no block without a row"
+    np.testing.assert_array_equal(number, -(-counts // size))
+    assert (number <= -(-counts // sizes[-1])).all()
+    smaller = np.array([max([s for s in sizes if s < chosen], default=0) for chosen in size])
+    assert (smaller * -(-counts // sizes[-1]) < np.maximum(counts, 1)).all(), "the next smaller size would not do"
+
+
+@pytest.mark.parametrize("sizes", [(3,), (2, 4), (1, 2, 6)])
 @pytest.mark.parametrize("ids", [[2, 0, 3, 2, 2, 4, 0, 2, 4, 2, 2], [4] * 11, [1] * 11])
-def test_the_walk_meets_each_valid_row_once_in_stable_order(ids):
-    num_experts, size = 4, 3
+def test_the_walk_meets_each_valid_row_once_in_stable_order(ids, sizes):
+    num_experts = 4
     rows = sort_rows(jnp.array(ids), num_experts)
     order, valid = np.asarray(rows.order), sum(i < num_experts for i in ids)
     np.testing.assert_array_equal(order[np.asarray(rows.position)], np.arange(len(ids)))
@@ -76,7 +89,7 @@ def test_the_walk_meets_each_valid_row_once_in_stable_order(ids):
     np.testing.assert_array_equal(order[:valid], sorted(kept, key=ids.__getitem__))
 
     def group(e, blocks, carry):
-        def block(start, stop, carry):
+        def block(size, start, stop, carry):
             seen, log, n = carry
             inside = (jnp.arange(len(ids)) >= start) & (jnp.arange(len(ids)) < jnp.minimum(start + size, stop))
             return seen + inside * (e + 1), log.at[n].set(jnp.stack([e, start, stop])), n + 1
@@ -84,10 +97,10 @@ def test_the_walk_meets_each_valid_row_once_in_stable_order(ids):
         return blocks(block, carry)
 
     start = jnp.zeros(len(ids), jnp.int32), jnp.zeros((len(ids), 3), jnp.int32), 0
-    seen, log, n = jax.jit(lambda: walk_groups(rows.counts, size, group, start))()
+    seen, log, n = jax.jit(lambda: walk_groups(rows.counts, sizes, group, start))()
     np.testing.assert_array_equal(seen[:valid], [ids[row] + 1 for row in order[:valid]])
     assert not np.any(seen[valid:])
-    assert n == sum(-(-c // size) for c in np.asarray(rows.counts))
+    assert n == choose_blocks(rows.counts, sizes)[1].sum()
     assert all(first < stop for _, first, stop in np.asarray(log)[:n])
 
 

@@ -13,8 +13,9 @@ TINY = StepShape(hidden=8, layers=2, heads=1, head_dim=8, experts=4, top_k=2, ex
 
 def test_padding_share_counts_each_experts_last_block() -> None:
     # 10 rows in blocks of 4 are 12 multiplied rows, 4 are 4, none are none: 2 of 16 are padding.
-    assert moe_layer.padding_share(np.array([10, 4, 0]), 4) == pytest.approx(2 / 16)
-    assert moe_layer.padding_share(np.array([8, 8]), 8) == 0.0
+    assert moe_layer.padding_share(np.array([10, 4, 0]), (4,)) == pytest.approx(2 / 16)
+    assert moe_layer.padding_share(np.array([8, 8]), (8,)) == 0.0
+    assert moe_layer.padding_share(np.array([10, 4, 0]), (4, 8)) == pytest.approx(6 / 20)
 
 
 def test_sizes_give_every_expert_its_tokens() -> None:
