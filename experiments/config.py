@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from moe.config import BalanceScope, ModelConfig, require
+from moe.policies import make_policy
+from moe.routing import make_router
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,31 @@ class BalanceConfig:
       scope: the set of tokens over which the selection frequency f is taken.
       weight: coefficient of the balance loss (uniform routing gives a loss of exactly 1).
       micro_batch_size: sequences of one micro-batch, for `microbatch` and `shuffle_micro`.
+      ema_decay: share of the earlier steps' counts that `ema` keeps at each step; 0 leaves the last step's alone.
       z_weight: coefficient of the router z-loss.
+      importance_weight: of the squared variation of the experts' summed probabilities, per pass (Shazeer et al.).
+      devices: equal groups of consecutive experts, for the next two (DeepSeek-V2).
+      device_weight: of the balance loss between those groups, in `scope`.
+      communication_weight: of the balance of tokens sent to them, in `scope`.
+      device_limit: M, the most groups one token reaches, which normalises the latter.
     """
 
     scope: BalanceScope = "global_exact"
     weight: float = 0.01
     micro_batch_size: int = 2
+    ema_decay: float = 0.9
     z_weight: float = 1e-3
+    importance_weight: float = 0.0
+    devices: int = 1
+    device_weight: float = 0.0
+    communication_weight: float = 0.0
+    device_limit: int = 1
+
+    def __post_init__(self) -> None:
+        require(0.0 <= self.ema_decay < 1.0, "balance.ema_decay", self.ema_decay, "at least 0 and below 1")
+        require(self.devices >= 1, "balance.devices", self.devices, "at least 1")
+        limits = f"1 <= device_limit <= devices = {self.devices}"
+        require(1 <= self.device_limit <= self.devices, "balance.device_limit", self.device_limit, limits)
 
 
 @dataclass(frozen=True)
@@ -133,3 +153,19 @@ class RunConfig:
                 self.mesh.expert,
                 f"a divisor of moe.num_experts = {self.model.moe.num_experts}",
             )
+            require(
+                self.model.moe.num_experts % self.balance.devices == 0,
+                "balance.devices",
+                self.balance.devices,
+                f"a divisor of moe.num_experts = {self.model.moe.num_experts}",
+            )
+            by_group = self.balance.device_weight or self.balance.communication_weight
+            one_pass = self.balance.scope == "global_exact" and self.accumulation == 1
+            require(
+                not by_group or one_pass or self.balance.scope in ("sequence", "microbatch", "device"),
+                "balance.scope",
+                self.balance.scope,
+                "sequence, microbatch, device, or global_exact with accumulation = 1, for losses of expert groups",
+            )
+            make_router(self.model.moe)
+            make_policy(self.model.moe)

@@ -25,11 +25,9 @@ from moe.metrics import max_violation, mutual_information
 from parallel.mesh import AXES, BATCH, on_shards
 
 
-def sequence_sums(
-    params: Any, batch: dict[str, Array], router_state: Any, key: Array, *, config: RunConfig
-) -> dict[str, Array]:
+def sequence_sums(params: Any, batch: dict[str, Array], router_state: Any, *, config: RunConfig) -> dict[str, Array]:
     """Per-sequence sums over one batch of leaves [N, S + 1]; every output leads with N."""
-    out = forward(config, params, batch, router_state, key)
+    out = forward(config, params, batch, router_state, key=None)
     targets, weights = targets_of(batch)
     tokens = P(AXES)
     nll = on_shards(token_nll, (P(AXES, None), P(), tokens), tokens)(
@@ -58,7 +56,7 @@ def collect(
             rows = data[name][start : start + size]
             rows = np.pad(rows, ((0, size - len(rows)), (0, 0)))
             padded[name] = jax.make_array_from_callback(rows.shape, sharding, lambda index, rows=rows: rows[index])
-        sums = jax.device_get(run(state.params, padded, state.router_state, state.key))
+        sums = jax.device_get(run(state.params, padded, state.router_state))
         parts.append(jax.tree.map(lambda x: x[: min(size, total - start)], sums))  # noqa: B023
     return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 

@@ -26,13 +26,17 @@ from kernels.cross_entropy import cross_entropy
 from moe.losses import (
     BalancePrior,
     RoutingStats,
+    communication_stats,
+    device_stats,
+    group_sum,
+    importance_loss,
     scoped_balance_loss,
     selection_frequency,
     shuffled_frequency,
     z_loss,
 )
 from moe.metrics import pass_metrics, step_metrics
-from moe.routing import import_object
+from moe.routing import import_object, update_router_state
 from moe.transformer import Transformer, TransformerOutput, init_router_state
 from optim.adamw import adamw, warmup_cosine
 from optim.sharding import opt_state_shardings
@@ -50,8 +54,8 @@ class TrainState:
       step: int32, finished optimiser steps.
       position: uint32, the next global sample index of the data.
       params, opt_state: model and optimiser.
-      router_state: counts, biases, controllers of the routers, stacked over MoE layers.
-      method_state: any pytree a method keeps (bilevel copies, data weights).
+      router_state: biases and controllers of the routers, stacked over MoE layers.
+      method_state: any pytree a method keeps (the counts of scope `ema`; bilevel copies, data weights).
       key: the run's PRNG key; randomness is a function of (key, step, layer, sample), never of call order.
     """
 
@@ -84,9 +88,16 @@ def init_state(config: RunConfig, tx: optax.GradientTransformation) -> TrainStat
         params=params,
         opt_state=tx.init(params),
         router_state=router_state,
-        method_state={},
+        method_state=init_method_state(config),
         key=jax.random.fold_in(key, 1),
     )
+
+
+def init_method_state(config: RunConfig) -> dict[str, Any]:
+    moe = config.model.moe
+    if moe is None or config.balance.scope != "ema":
+        return {}
+    return {"balance_ema": BalancePrior.zeros(config.model.num_moe_layers, moe.num_experts)}
 
 
 def state_shardings(abstract: TrainState, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -107,8 +118,8 @@ def targets_of(batch: Batch) -> tuple[Array, Array]:
     return batch["tokens"][..., 1:], same.astype(jnp.float32)
 
 
-def forward(config: RunConfig, params: Any, batch: Batch, router_state: Any, key: Array) -> TransformerOutput:
-    """One pass over batch leaves [B, S + 1]; the last token is only a target."""
+def forward(config: RunConfig, params: Any, batch: Batch, router_state: Any, key: Array | None) -> TransformerOutput:
+    """One pass over batch leaves [B, S + 1]; the last token is only a target. Key None is evaluation."""
     inputs = [batch[name][:, :-1] for name in ("tokens", "segment_ids", "positions")]
     return Transformer(config.model).apply({"params": params}, *inputs, router_state, key)  # type: ignore[return-value]
 
@@ -129,9 +140,12 @@ def step_frequency(config: RunConfig, state: TrainState, batch: Batch, step_key:
     """The routing pre-pass: f of the whole optimiser step before its first gradient, where a scope needs it.
 
     `global_exact` -> [A, L, 1, E] and `shuffle_micro` -> [A, L, G / A, E] under accumulation; None where one pass sees
-    everything anyway. Costs one forward pass.
+    everything anyway. Costs one forward pass; only `ema`, [A, L, 1, E] of the steps before, costs nothing.
     """
     scope, moe = config.balance.scope, config.model.moe
+    if moe is not None and scope == "ema":
+        seen = state.method_state["balance_ema"]
+        return _for_every_pass(config, selection_frequency(seen.counts, seen.tokens, moe.top_k))
     if moe is None or config.accumulation == 1 or scope not in ("global_exact", "shuffle_micro"):
         return None
 
@@ -140,13 +154,17 @@ def step_frequency(config: RunConfig, state: TrainState, batch: Batch, step_key:
 
     stats = jax.lax.scan(route, None, (batch, _pass_keys(config, step_key)))[1]
     if scope == "global_exact":
-        frequency = selection_frequency(stats.counts.sum(axis=(0, 2)), stats.tokens.sum(axis=(0, 2)), moe.top_k)
-        return jnp.broadcast_to(
-            frequency[None, :, None], (config.accumulation, *frequency.shape[:1], 1, moe.num_experts)
-        )
+        counts, tokens = stats.balance_counts.sum(axis=(0, 2)), stats.tokens.sum(axis=(0, 2))
+        return _for_every_pass(config, selection_frequency(counts, tokens, moe.top_k))
     indices = stats.indices.swapaxes(0, 1)
     frequency = _shuffled(config, indices.reshape(indices.shape[0], -1, indices.shape[-1]), step_key)
     return frequency.reshape(frequency.shape[0], config.accumulation, -1, moe.num_experts).swapaxes(0, 1)
+
+
+def _for_every_pass(config: RunConfig, frequency: Array) -> Array:
+    """[L, E] -> [A, L, 1, E]."""
+    layers, experts = frequency.shape
+    return jnp.broadcast_to(frequency[None, :, None], (config.accumulation, layers, 1, experts))
 
 
 def _pass_keys(config: RunConfig, step_key: Array) -> Array:
@@ -184,19 +202,27 @@ def pass_loss(
     if balance.scope == "shuffle_micro" and frequency is None:
         rows = stats.indices.reshape(stats.indices.shape[0], -1, moe.top_k)
         frequency = _shuffled(config, rows, step_key)
-    lbl = scoped_balance_loss(
-        stats,
-        balance.scope,
-        top_k=moe.top_k,
+    passed = batch["tokens"].shape[0]
+    scoped = functools.partial(
+        scoped_balance_loss,
+        scope=balance.scope,
         total_tokens=total_tokens,
-        micro_batch_size=balance.micro_batch_size,
-        prior=prior,
-        frequency=frequency,
+        group_size=passed // config.mesh.devices if balance.scope == "device" else balance.micro_batch_size,
     )
-    z = z_loss(stats, total_tokens)
+    terms = {
+        "balance_loss": (balance.weight, scoped(stats, top_k=moe.top_k, prior=prior, frequency=frequency)),
+        "z_loss": (balance.z_weight, z_loss(stats, total_tokens)),
+    }
+    if balance.importance_weight:
+        terms["importance_loss"] = balance.importance_weight, importance_loss(stats, passed, total_tokens)
+    if balance.device_weight:
+        terms["device_loss"] = balance.device_weight, scoped(device_stats(stats, balance.devices), top_k=moe.top_k)
+    if balance.communication_weight:
+        sent = communication_stats(stats, balance.devices)
+        terms["communication_loss"] = balance.communication_weight, scoped(sent, top_k=balance.device_limit)
     own = {name: jnp.sum(v) / jnp.maximum(total_tokens, 1.0) for name, v in stats.router_losses.items()}
-    loss = ce + balance.weight * lbl + balance.z_weight * z + sum(own.values())
-    return loss, ({"loss": ce, "balance_loss": lbl, "z_loss": z, **own}, stats)
+    loss = ce + sum(weight * term for weight, term in terms.values()) + sum(own.values())
+    return loss, ({"loss": ce, **{name: term for name, (_, term) in terms.items()}, **own}, stats)
 
 
 def train_step(
@@ -222,43 +248,58 @@ def train_step(
     def accumulate(prior: BalancePrior | None, one: tuple[Batch, Array | None, Array]) -> Any:
         part, f, key = one
         (_, (sums, stats)), grads = grad(state.params, part, f, prior, key)
-        counted = pass_metrics(stats, config.balance.micro_batch_size) if stats is not None else {}
-        dropped = stats.dropped.sum() if stats is not None else None
-        return prior.add(stats) if prior is not None and stats is not None else prior, (grads, sums, counted, dropped)
+        if stats is None or prior is None:
+            return prior, (grads, sums, {}, None, None), None
+        size = config.balance.micro_batch_size
+        size = size if stats.tokens.shape[1] % size == 0 else 1
+        sums_of = grads, sums, pass_metrics(stats, size), stats.dropped.sum(), stats.observed
+        return prior.add(stats), sums_of, group_sum(stats.counts, size)
 
     moe = config.model.moe
     seen = BalancePrior.zeros(config.model.num_moe_layers, moe.num_experts) if moe else None
-    seen, (grads, sums, counted, dropped) = scan_sum(
+    seen, (grads, sums, counted, dropped, observed), counts = scan_sum(
         accumulate, seen, (batch, frequency, _pass_keys(config, step_key)), config.accumulation
     )
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     metrics = {**sums, "grad_norm": optax.tree.norm(grads), "tokens": total_tokens}
-    if seen is not None:
+    router_state, method_state = state.router_state, state.method_state
+    if moe is not None and seen is not None:
+        counts = counts.swapaxes(0, 1).reshape(counts.shape[1], -1, moe.num_experts)  # [L, G, E] of the whole step
         metrics |= {name: value / config.accumulation for name, value in counted.items()}
-        metrics |= step_metrics(seen.counts, dropped)
+        metrics |= step_metrics(counts.sum(axis=1), dropped)
+        router_state = update_router_state(moe, router_state, counts, observed)
+        if config.balance.scope == "ema":
+            method_state = {"balance_ema": method_state["balance_ema"].decayed(config.balance.ema_decay, seen)}
     new_state = replace(
         state,
         step=state.step + 1,
         position=state.position + jnp.uint32(config.batch_size),
         params=optax.apply_updates(state.params, updates),
         opt_state=opt_state,
+        router_state=router_state,
+        method_state=method_state,
     )
     return new_state, metrics
 
 
-def scan_sum(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, length: int) -> tuple[Any, Any]:
-    """`lax.scan` that adds the outputs up instead of stacking them; a single pass is called outright."""
+def scan_sum(
+    fn: Callable[[Any, Any], tuple[Any, Any, Any]], carry: Any, xs: Any, length: int
+) -> tuple[Any, Any, Any]:
+    """`lax.scan` of `fn(carry, x) -> (carry, summed, stacked)` that adds the second output up instead of stacking it;
+    a single pass is called outright."""
     first = jax.tree.map(lambda x: x[0], xs)
     if length == 1:
-        return fn(carry, first)
+        carry, summed, stacked = fn(carry, first)
+        return carry, summed, jax.tree.map(lambda x: x[None], stacked)
 
-    def body(acc: tuple[Any, Any], x: Any) -> tuple[tuple[Any, Any], None]:
-        inner, out = fn(acc[0], x)
-        return (inner, jax.tree.map(jnp.add, acc[1], out)), None
+    def body(acc: tuple[Any, Any], x: Any) -> tuple[tuple[Any, Any], Any]:
+        inner, summed, stacked = fn(acc[0], x)
+        return (inner, jax.tree.map(jnp.add, acc[1], summed)), stacked
 
     shapes = jax.eval_shape(fn, carry, first)[1]
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(body, (carry, zeros), xs)[0]
+    (carry, summed), stacked = jax.lax.scan(body, (carry, zeros), xs)
+    return carry, summed, stacked
 
 
 def compile_step(config: RunConfig, tx: optax.GradientTransformation, mesh: Mesh) -> Any:

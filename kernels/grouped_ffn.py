@@ -1,19 +1,27 @@
-"""Dropless expert SwiGLU: every token through its K experts, without capacity, padding or scatter-adds of rows.
+"""Dropless expert FFNs: every token through its K experts, without capacity, padding or scatter-adds of rows.
 
-Legend: T tokens, K experts per token, E experts, d model width, f expert width, N = T K assignments, B block rows.
+Legend: T tokens, K experts per token, E experts, d model width, f expert width, N = T K assignments, B block rows,
+F pre-activation width: 2f (gate half, then up half) for a gated activation, else f.
 
-    out[t] = sum_k valid[t, k] weights[t, k] (silu(x[t] G_e) * (x[t] U_e)) D_e,   e = indices[t, k]
+    out[t] = sum_k valid[t, k] weights[t, k] (act(x[t] G_e + b_e) D_e + c_e),   e = indices[t, k]
 
-(SwiGLU: Shazeer 2020, arXiv 2002.05202; dropless blocks: MegaBlocks, arXiv 2211.15841; router gradients from the
-activations at hand, so that expert outputs are never kept: SonicMoE, arXiv 2512.14080.)
+    swiglu      silu(gate) up                                                Shazeer 2020, arXiv 2002.05202
+    swiglu_oai  g sigmoid(1.702 g) (clip(up, -7, 7) + 1), g = min(gate, 7)   gpt-oss, arXiv 2508.10925
+    relu        max(h, 0)                                                    Switch Transformer, arXiv 2101.03961
+    gelu        the tanh approximation (as Flax; Hugging Face's gelu_new)    arXiv 1606.08415
+
+(Dropless blocks: MegaBlocks, arXiv 2211.15841; router gradients from the activations at hand, so that expert outputs
+are never kept: SonicMoE, arXiv 2512.14080.)
 
 Assignments are sorted by expert once. Dispatch gathers rows of x; combine gathers rows of the expert outputs; both
 transposes are again gathers, through the inverse permutation: sums have a fixed order and results are reproducible.
-What a backward needs beyond the inputs is the pre-activations H [N, 2f] in sorted order, on CPU and GPU alike.
+What a backward needs beyond the inputs is the pre-activations H [N, F], biases added, in sorted order, on CPU and GPU
+alike.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -26,6 +34,7 @@ from kernels.grouped_matmul import (
     Arrays,
     Blocks,
     SortedRows,
+    group_of_row,
     keep_rows,
     set_window,
     sort_rows,
@@ -36,6 +45,7 @@ from kernels.products import dot_lt, dot_rt, wide
 
 Implementation = Literal["auto", "blocks", "ragged_dot", "reference"]
 ScaleOn = Literal["output", "input"]
+Activation = Literal["swiglu", "swiglu_oai", "relu", "gelu"]
 
 
 class _Options(NamedTuple):
@@ -43,7 +53,17 @@ class _Options(NamedTuple):
 
     sizes: tuple[int, ...]
     scale_on: ScaleOn
+    activation: Activation
     implementation: Implementation
+
+
+class _Experts(NamedTuple):
+    """Parameters of all experts, of one (without E), or their gradients; an absent bias is no leaf, so it is free."""
+
+    gate_up: Array  # [E, d, F]
+    down: Array  # [E, f, d]
+    gate_up_bias: Array | None  # [E, F]
+    down_bias: Array | None  # [E, d]
 
 
 class _Sorted(NamedTuple):
@@ -52,6 +72,9 @@ class _Sorted(NamedTuple):
     rows: SortedRows
     token: Array  # [N + B] int32
     weight: Array  # [N + B]
+
+
+_Gradients = tuple[Array, Array, _Experts]  # of sorted rows of x [N + B, d] and weights [N + B], of the parameters
 
 
 def automatic_block_sizes(num_assignments: int, num_experts: int) -> tuple[int, ...]:
@@ -90,8 +113,7 @@ def _combine(rows_ND: Array, scale_TK: Array | None, position_TK: Array, valid_T
     return jnp.asarray(out)
 
 
-def _swiglu(h: Array) -> Array:
-    gate, up = jnp.split(h, 2, axis=-1)
+def _swiglu(gate: Array, up: Array) -> Array:
     return jax.nn.silu(gate) * up
 
 
@@ -102,14 +124,50 @@ def _swiglu_transpose(gate: Array, up: Array, da: Array) -> Array:
     return jnp.concatenate([da * up * (sigmoid + silu * (1 - sigmoid)), da * silu], axis=-1)
 
 
-def _forward_blocks(options: _Options, x: Array, s: _Sorted, gate_up: Array, down: Array) -> tuple[Array, Array]:
-    """Sorted expert outputs Y [N + B, d] and pre-activations H [N + B, 2f].
+def _swiglu_oai(gate: Array, up: Array) -> Array:
+    gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
+    return (up + 1) * gate * jax.nn.sigmoid(1.702 * gate)
+
+
+# Gated or not, and the function of the pre-activations' parts [.., f]: gate and up halves, or the one whole.
+_ACTIVATIONS: dict[Activation, tuple[bool, Callable[..., Array]]] = {
+    "swiglu": (True, _swiglu),
+    "swiglu_oai": (True, _swiglu_oai),
+    "relu": (False, jax.nn.relu),
+    "gelu": (False, partial(jax.nn.gelu, approximate=True)),
+}
+
+
+def is_gated(activation: Activation) -> bool:
+    """Whether gate_up holds two halves, [E, d, 2f]."""
+    return _ACTIVATIONS[activation][0]
+
+
+def _split(name: Activation, h: Array) -> list[Array]:
+    return jnp.split(h, 2, axis=-1) if is_gated(name) else [h]
+
+
+def _activate(name: Activation, h: Array) -> Array:
+    """Pre-activations [.., F] -> activations [.., f]."""
+    return _ACTIVATIONS[name][1](*_split(name, h))
+
+
+def _activate_vjp(name: Activation, *parts: Array) -> tuple[Array, Callable[[Array], Array]]:
+    """Activations [.., f] of the pre-activations' parts, and the map of their gradient to that of H, [.., F]."""
+    if name == "swiglu":
+        return _swiglu(*parts), partial(_swiglu_transpose, *parts)
+    activation, transpose = jax.vjp(_ACTIVATIONS[name][1], *parts)
+    return activation, lambda da: jnp.concatenate(transpose(da), axis=-1)
+
+
+def _forward_blocks(options: _Options, x: Array, s: _Sorted, experts: _Experts) -> tuple[Array, Array]:
+    """Sorted expert outputs Y [N + B, d] and pre-activations H [N + B, F].
 
     The carried buffer holds the dispatched rows of x, and each block replaces its own by their outputs.
     """
 
     def group(e: Array, blocks: Blocks, carry: Arrays) -> Arrays:
-        gate_up_e, down_e = gate_up[e], down[e]
+        own = jax.tree.map(lambda a: a[e], experts)
 
         def block(size: int, start: Array, stop: Array, carry: Arrays) -> Arrays:
             buffer, h = carry
@@ -117,101 +175,135 @@ def _forward_blocks(options: _Options, x: Array, s: _Sorted, gate_up: Array, dow
             rows = dispatched
             if options.scale_on == "input":
                 rows = rows * window(s.weight, start, size)[:, None].astype(rows.dtype)
-            h_block = rows @ gate_up_e
-            y_block = keep_rows(_swiglu(h_block) @ down_e, start, stop, dispatched)
+            h_block = rows @ own.gate_up
+            if own.gate_up_bias is not None:
+                h_block = h_block + own.gate_up_bias[None]
+            y_block = _activate(options.activation, h_block) @ own.down
+            if own.down_bias is not None:
+                y_block = y_block + own.down_bias[None]
+            y_block = keep_rows(y_block, start, stop, dispatched)
             return set_window(buffer, y_block, start), set_window(h, h_block, start)
 
         return blocks(block, carry)
 
-    h = jnp.zeros((s.token.shape[0], gate_up.shape[2]), x.dtype)
+    h = jnp.zeros((s.token.shape[0], experts.gate_up.shape[2]), x.dtype)
     y, h = walk_groups(s.rows.counts, options.sizes, group, (_take(x, s.token), h))
     return y, h
 
 
-def _backward_blocks(
-    options: _Options, x: Array, s: _Sorted, gate_up: Array, down: Array, h: Array, dout: Array
-) -> tuple[Array, Array, Array, Array]:
-    """Sorted dX [N + B, d], sorted d weight [N + B], d gate_up, d down (float32).
+def _backward_blocks(options: _Options, x: Array, s: _Sorted, experts: _Experts, h: Array, dout: Array) -> _Gradients:
+    """Sorted dX [N + B, d], sorted d weight [N + B], gradients of the parameters (float32).
 
     The carried buffer holds the dispatched rows of d out, and each block replaces its own by dX.
     """
-    accumulate, f = wide(x.dtype), h.shape[1] // 2
+    accumulate, f = wide(x.dtype), experts.down.shape[1]
 
-    def group(e: Array, blocks: Blocks, carry: Arrays) -> Arrays:
-        buffer, dweight, dgate_up, ddown = carry
-        gate_up_e, down_e = gate_up[e], down[e]
+    def group(e: Array, blocks: Blocks, carry: _Gradients) -> _Gradients:
+        buffer, dweight, gradients = carry
+        own = jax.tree.map(lambda a: a[e], experts)
 
-        def block(size: int, start: Array, stop: Array, carry: Arrays) -> Arrays:
-            buffer, dweight, dgate_up_e, ddown_e = carry
+        def block(size: int, start: Array, stop: Array, carry: _Gradients) -> _Gradients:
+            buffer, dweight, sums = carry
             dispatched = window(buffer, start, size)
             rows, g = _take(x, window(s.token, start, size)), keep_rows(dispatched, start, stop)
             scale = window(s.weight, start, size)[:, None].astype(x.dtype)
             # The halves are cut apart from H itself: XLA:CPU does not vectorise a slice of a window.
-            gate, up = (lax.dynamic_slice(h, (start, jnp.int32(first)), (size, f)) for first in (0, f))
-            activation, da = jax.nn.silu(gate) * up, dot_rt(g, down_e)
+            parts = (lax.dynamic_slice(h, (start, jnp.int32(i)), (size, f)) for i in range(0, h.shape[1], f))
+            activation, into_h = _activate_vjp(options.activation, *parts)
+            da = dot_rt(g, own.down)
             if options.scale_on == "output":
                 dscale = jnp.sum((activation * da).astype(s.weight.dtype), axis=1)
+                if own.down_bias is not None:
+                    dscale = dscale + jnp.sum((g * own.down_bias[None]).astype(s.weight.dtype), axis=1)
                 da, activation, scaled_rows = da * scale, activation * scale, rows
             else:
                 scaled_rows = rows * scale
-            dh = _swiglu_transpose(gate, up, da)
-            drows = dot_rt(dh, gate_up_e)
+            dh = into_h(da)
+            drows = dot_rt(dh, own.gate_up)
             if options.scale_on == "input":
                 dscale = jnp.sum((drows * rows).astype(s.weight.dtype), axis=1)
                 drows = drows * scale
+            gate_up_bias, down_bias = sums.gate_up_bias, sums.down_bias
+            if gate_up_bias is not None:
+                gate_up_bias = gate_up_bias + jnp.sum(dh, axis=0, dtype=accumulate)
+            if down_bias is not None:
+                dy = g * scale if options.scale_on == "output" else g
+                down_bias = down_bias + jnp.sum(dy, axis=0, dtype=accumulate)
             return (
                 set_window(buffer, keep_rows(drows, start, stop, dispatched), start),
                 set_window(dweight, dscale, start),
-                dgate_up_e + dot_lt(scaled_rows, dh),
-                ddown_e + dot_lt(activation, g),
+                _Experts(
+                    sums.gate_up + dot_lt(scaled_rows, dh), sums.down + dot_lt(activation, g), gate_up_bias, down_bias
+                ),
             )
 
-        zeros = jnp.zeros(gate_up_e.shape, accumulate), jnp.zeros(down_e.shape, accumulate)
-        buffer, dweight, dgate_up_e, ddown_e = blocks(block, (buffer, dweight, *zeros))
-        return buffer, dweight, dgate_up.at[e].set(dgate_up_e), ddown.at[e].set(ddown_e)
+        sums = jax.tree.map(lambda a: jnp.zeros(a.shape, accumulate), own)
+        buffer, dweight, sums = blocks(block, (buffer, dweight, sums))
+        return buffer, dweight, jax.tree.map(lambda a, b: a.at[e].set(b), gradients, sums)
 
     carry = (
         _take(dout, s.token),
         jnp.zeros((s.token.shape[0],), s.weight.dtype),
-        jnp.zeros(gate_up.shape, accumulate),
-        jnp.zeros(down.shape, accumulate),
+        jax.tree.map(lambda a: jnp.zeros(a.shape, accumulate), experts),
     )
-    dx, dweight, dgate_up, ddown = walk_groups(s.rows.counts, options.sizes, group, carry)
-    return dx, dweight, dgate_up, ddown
+    return walk_groups(s.rows.counts, options.sizes, group, carry)
 
 
-def _forward_ragged(options: _Options, x: Array, s: _Sorted, gate_up: Array, down: Array) -> tuple[Array, Array]:
+def _add_bias(rows: Array, bias: Array | None, counts: Array) -> Array:
+    """Adds to each sorted row the bias of its expert, [E, ...]; rows past the last expert's get none."""
+    if bias is None:
+        return rows
+    return rows + bias.at[group_of_row(counts, rows.shape[0])].get(mode="fill", fill_value=0)
+
+
+def _bias_gradient(bias: Array | None, rows: Array, counts: Array) -> Array | None:
+    """The transpose of `_add_bias` in the wide type: a product, for a scatter-add on GPU has no fixed order."""
+    if bias is None:
+        return None
+    expert = group_of_row(counts, rows.shape[0])
+    rows = jnp.where((expert < bias.shape[0])[:, None], rows, jnp.zeros((), rows.dtype))
+    return dot_lt(jax.nn.one_hot(expert, bias.shape[0], dtype=rows.dtype), rows)
+
+
+def _forward_ragged(options: _Options, x: Array, s: _Sorted, experts: _Experts) -> tuple[Array, Array]:
     """The same two arrays through grouped GEMMs."""
-    rows = _take(x, s.token)
+    counts, rows = s.rows.counts, _take(x, s.token)
     if options.scale_on == "input":
         rows = rows * s.weight[:, None].astype(x.dtype)
-    h = lax.ragged_dot(rows, gate_up, s.rows.counts)
-    return lax.ragged_dot(_swiglu(h), down, s.rows.counts), h
+    h = _add_bias(lax.ragged_dot(rows, experts.gate_up, counts), experts.gate_up_bias, counts)
+    y = lax.ragged_dot(_activate(options.activation, h), experts.down, counts)
+    return _add_bias(y, experts.down_bias, counts), h
 
 
-def _backward_ragged(
-    options: _Options, x: Array, s: _Sorted, gate_up: Array, down: Array, h: Array, dout: Array
-) -> tuple[Array, Array, Array, Array]:
-    """The same four arrays through grouped GEMMs; the transposes of `ragged_dot` are JAX's own."""
+def _backward_ragged(options: _Options, x: Array, s: _Sorted, experts: _Experts, h: Array, dout: Array) -> _Gradients:
+    """The same gradients through grouped GEMMs; the transposes of `ragged_dot` are JAX's own."""
+    counts, accumulate = s.rows.counts, wide(x.dtype)
     sorted_row = jnp.arange(s.token.shape[0], dtype=jnp.int32)
-    inside = (sorted_row < jnp.sum(s.rows.counts))[:, None]
+    inside = (sorted_row < jnp.sum(counts))[:, None]
     rows, scale = _take(x, s.token), s.weight[:, None].astype(x.dtype)
     g = jnp.where(inside, _take(dout, s.token), jnp.zeros((), x.dtype))
     on_output = options.scale_on == "output"
-    activation = _swiglu(h)
-    _, into_down = jax.vjp(lambda a, w: lax.ragged_dot(a, w, s.rows.counts), activation, down)
-    da, ddown = into_down(g * scale if on_output else g)
-    gate, up = jnp.split(h, 2, axis=-1)
-    dh = _swiglu_transpose(gate, up, da)
-    _, into_up = jax.vjp(lambda a, w: lax.ragged_dot(a, w, s.rows.counts), rows if on_output else rows * scale, gate_up)
+    activation, into_h = _activate_vjp(options.activation, *_split(options.activation, h))
+    _, into_down = jax.vjp(lambda a, w: lax.ragged_dot(a, w, counts), activation, experts.down)
+    dy = g * scale if on_output else g
+    da, ddown = into_down(dy)
+    dh = into_h(da)
+    scaled_rows = rows if on_output else rows * scale
+    _, into_up = jax.vjp(lambda a, w: lax.ragged_dot(a, w, counts), scaled_rows, experts.gate_up)
     drows, dgate_up = into_up(dh)
     if on_output:
-        y = lax.ragged_dot(activation, down, s.rows.counts)
+        y = _add_bias(lax.ragged_dot(activation, experts.down, counts), experts.down_bias, counts)
         dscale = jnp.sum((y * g).astype(s.weight.dtype), axis=1)
     else:
         dscale = jnp.sum((drows * rows).astype(s.weight.dtype), axis=1)
         drows = drows * scale
-    return drows, dscale, dgate_up.astype(wide(x.dtype)), ddown.astype(wide(x.dtype))
+    gradients = _Experts(
+        dgate_up.astype(accumulate),
+        ddown.astype(accumulate),
+        _bias_gradient(experts.gate_up_bias, dh, counts),
+        _bias_gradient(experts.down_bias, dy, counts),
+    )
+    return drows, dscale, gradients
 
 
 def _choose(options: _Options, blocks, ragged, *args):
@@ -223,51 +315,52 @@ def _choose(options: _Options, blocks, ragged, *args):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped(
-    options: _Options, x: Array, indices: Array, weights: Array, valid: Array, gate_up: Array, down: Array
-) -> Array:
-    return _grouped_fwd(options, x, indices, weights, valid, gate_up, down)[0]
+def _grouped(options: _Options, x: Array, indices: Array, weights: Array, valid: Array, experts: _Experts) -> Array:
+    return _grouped_fwd(options, x, indices, weights, valid, experts)[0]
 
 
-def _grouped_fwd(
-    options: _Options, x: Array, indices: Array, weights: Array, valid: Array, gate_up: Array, down: Array
-):
-    s = _sort(indices, weights, valid, gate_up.shape[0], options.sizes[-1])
-    experts = gate_up.astype(x.dtype), down.astype(x.dtype)
+def _grouped_fwd(options: _Options, x: Array, indices: Array, weights: Array, valid: Array, experts: _Experts):
+    s = _sort(indices, weights, valid, experts.gate_up.shape[0], options.sizes[-1])
+    compute = jax.tree.map(lambda a: a.astype(x.dtype), experts)
     forward = partial(_forward_blocks, options), partial(_forward_ragged, options)
-    y, h = _choose(options, *forward, x, s, *experts)
+    y, h = _choose(options, *forward, x, s, compute)
     scale = weights if options.scale_on == "output" else None
     out = _combine(y, scale, s.rows.position.reshape(indices.shape), valid)
-    return out, (x, weights, valid, gate_up, down, s, h)
+    return out, (x, weights, valid, experts, s, h)
 
 
 def _grouped_bwd(options: _Options, residuals, dout: Array):
-    x, weights, valid, gate_up, down, s, h = residuals
-    experts = gate_up.astype(x.dtype), down.astype(x.dtype)
+    x, weights, valid, experts, s, h = residuals
+    compute = jax.tree.map(lambda a: a.astype(x.dtype), experts)
     backward = partial(_backward_blocks, options), partial(_backward_ragged, options)
-    dx_sorted, dweight_sorted, dgate_up, ddown = _choose(options, *backward, x, s, *experts, h, dout)
+    dx_sorted, dweight_sorted, gradients = _choose(options, *backward, x, s, compute, h, dout)
     position = s.rows.position.reshape(valid.shape)
     dx = _combine(dx_sorted, None, position, valid)
     dweights = jnp.where(valid, _take(dweight_sorted, position), jnp.zeros((), weights.dtype))
-    return dx, None, dweights, None, dgate_up.astype(gate_up.dtype), ddown.astype(down.dtype)
+    return dx, None, dweights, None, jax.tree.map(lambda g, a: g.astype(a.dtype), gradients, experts)
 
 
 _grouped.defvjp(_grouped_fwd, _grouped_bwd)
 
 
-def grouped_swiglu_reference(
-    x: Array, indices: Array, weights: Array, valid: Array, gate_up: Array, down: Array, *, scale_on: ScaleOn = "output"
-) -> Array:
-    """The oracle: every expert on every token, then a weighted sum. Same arguments and result as `grouped_swiglu`."""
-    one_hot = jax.nn.one_hot(jnp.where(valid, indices, gate_up.shape[0]), gate_up.shape[0], dtype=weights.dtype)
+def _reference(options: _Options, x: Array, indices: Array, weights: Array, valid: Array, experts: _Experts) -> Array:
+    """The oracle: every expert on every token, then a weighted sum."""
+    num_experts = experts.gate_up.shape[0]
+    one_hot = jax.nn.one_hot(jnp.where(valid, indices, num_experts), num_experts, dtype=weights.dtype)
     scale_TE = jnp.einsum("tke,tk->te", one_hot, weights).astype(x.dtype)
     kept_TE = jnp.sum(one_hot, axis=1).astype(x.dtype)
-    on_input, on_output = (scale_TE, kept_TE) if scale_on == "input" else (kept_TE, scale_TE)
-    h = jnp.einsum("te,td,edf->tef", on_input, x, gate_up.astype(x.dtype))
-    return jnp.einsum("te,tef,efd->td", on_output, _swiglu(h), down.astype(x.dtype))
+    on_input, on_output = (scale_TE, kept_TE) if options.scale_on == "input" else (kept_TE, scale_TE)
+    h = jnp.einsum("te,td,edf->tef", on_input, x, experts.gate_up.astype(x.dtype))
+    if experts.gate_up_bias is not None:
+        h = h + experts.gate_up_bias.astype(x.dtype)[None]
+    activation = _activate(options.activation, h)
+    out = jnp.einsum("te,tef,efd->td", on_output, activation, experts.down.astype(x.dtype))
+    if experts.down_bias is not None:
+        out = out + on_output @ experts.down_bias.astype(x.dtype)
+    return out
 
 
-def grouped_swiglu(
+def grouped_ffn(
     x: Array,
     indices: Array,
     weights: Array,
@@ -275,22 +368,29 @@ def grouped_swiglu(
     gate_up: Array,
     down: Array,
     *,
+    gate_up_bias: Array | None = None,
+    down_bias: Array | None = None,
+    activation: Activation = "swiglu",
     block_size: int = 0,
     scale_on: ScaleOn = "output",
     implementation: Implementation = "auto",
 ) -> Array:
-    """Every token through its experts (module equation); differentiable in x, weights, gate_up and down.
+    """Every token through its experts (module equation); differentiable in x, weights and all parameters.
 
     Under a mesh call it inside `jax.shard_map`: T is then the local tokens and E the local experts.
 
     Args:
-      x: [T, d], float32 or bfloat16; products run in its dtype, weight gradients accumulate in float32.
+      x: [T, d], float32 or bfloat16; products run in its dtype, parameter gradients accumulate in float32.
       indices: [T, K] int, experts; a token's K valid experts are distinct. Ignored where not valid.
       weights: [T, K] float, combine weights.
       valid: [T, K] bool; False drops the assignment, which then costs nothing.
-      gate_up: [E, d, 2f], gate half first. down: [E, f, d]. Any float dtype; gradients keep it.
+      gate_up: [E, d, 2f], gate half first; for `relu` and `gelu`, which have no gate, [E, d, f] under the same name.
+      down: [E, f, d]. Any float dtype, as for all parameters; gradients keep it.
+      gate_up_bias: [E, 2f], or [E, f] without a gate; None adds nothing.
+      down_bias: [E, d]; None adds nothing.
+      activation: a row of the module's table: `swiglu`, `swiglu_oai`, `relu` or `gelu`.
       block_size: rows of one block; 0 picks several sizes by the mean assignments per expert.
-      scale_on: `weights` multiply the expert's output, or its input (Llama 4).
+      scale_on: `weights` multiply the expert's output, `down_bias` included, or its input before any bias (Llama 4).
       implementation: `blocks`, `ragged_dot`, `reference` (dense, the oracle) or `auto`: first on CPU, else second.
 
     Returns:
@@ -299,17 +399,19 @@ def grouped_swiglu(
     Raises:
       ValueError: shapes, dtypes or options that do not fit.
     """
-    _check(x, indices, weights, valid, gate_up, down)
+    experts = _Experts(gate_up, down, gate_up_bias, down_bias)
+    require_choice("activation", activation, tuple(_ACTIVATIONS))
+    _check(x, indices, weights, valid, experts, gated=is_gated(activation))
     require(block_size >= 0, "block_size", block_size, "0 (automatic) or a positive row count")
     require_choice("scale_on", scale_on, ("output", "input"))
     require_choice("implementation", implementation, ("auto", "blocks", "ragged_dot", "reference"))
-    if implementation == "reference":
-        return grouped_swiglu_reference(x, indices, weights, valid, gate_up, down, scale_on=scale_on)
     sizes = (block_size,) if block_size else automatic_block_sizes(indices.size, gate_up.shape[0])
-    return _grouped(_Options(sizes, scale_on, implementation), x, indices, weights, valid, gate_up, down)
+    options = _Options(sizes, scale_on, activation, implementation)
+    run = _reference if implementation == "reference" else _grouped
+    return run(options, x, indices, weights, valid, experts)
 
 
-def _check(x: Array, indices: Array, weights: Array, valid: Array, gate_up: Array, down: Array) -> None:
+def _check(x: Array, indices: Array, weights: Array, valid: Array, experts: _Experts, *, gated: bool) -> None:
     require_shape("x", x, (None, None), "[T, d]")
     num_tokens, d = x.shape
     require_shape("indices", indices, (num_tokens, None), f"[T = {num_tokens}, K]")
@@ -318,7 +420,15 @@ def _check(x: Array, indices: Array, weights: Array, valid: Array, gate_up: Arra
     require_shape("weights", weights, indices.shape, pair)
     require_shape("valid", valid, indices.shape, pair)
     require(valid.dtype == jnp.bool_, "valid.dtype", valid.dtype.name, "bool")
-    require_shape("gate_up", gate_up, (None, d, None), f"[E, d = {d}, 2f]")
-    require(gate_up.shape[2] % 2 == 0, "gate_up.shape[2]", gate_up.shape[2], "an even number, gate and up halves")
-    shape = (gate_up.shape[0], gate_up.shape[2] // 2, d)
-    require_shape("down", down, shape, f"[E, f, d] = {shape}")
+    require_shape("gate_up", experts.gate_up, (None, d, None), f"[E, d = {d}, {'2f' if gated else 'f'}]")
+    num_experts, _, width = experts.gate_up.shape
+    if gated:
+        require(width % 2 == 0, "gate_up.shape[2]", width, "an even number, gate and up halves")
+    shape = (num_experts, width // 2 if gated else width, d)
+    require_shape("down", experts.down, shape, f"[E, f, d] = {shape}")
+    if experts.gate_up_bias is not None:
+        shape = (num_experts, width)
+        require_shape("gate_up_bias", experts.gate_up_bias, shape, f"gate_up's [E, {'2f' if gated else 'f'}] = {shape}")
+    if experts.down_bias is not None:
+        shape = (num_experts, d)
+        require_shape("down_bias", experts.down_bias, shape, f"down's [E, d] = {shape}")

@@ -6,12 +6,15 @@ Hashable on purpose: a config is a static argument of `jax.jit` and names a comp
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Remat = Literal["none", "dots", "full"]
 ComputeDtype = Literal["float32", "bfloat16"]
 LayerKind = Literal["dense", "moe"]
-BalanceScope = Literal["none", "sequence", "microbatch", "shuffle_micro", "global_prefix", "global_exact"]
+BalanceScope = Literal[
+    "none", "sequence", "microbatch", "device", "shuffle_micro", "global_prefix", "global_exact", "ema"
+]
+Activation = Literal["swiglu", "swiglu_oai", "relu", "gelu"]
 
 
 def require(ok: bool, field: str, value: object, expected: str) -> None:
@@ -22,17 +25,21 @@ def require(ok: bool, field: str, value: object, expected: str) -> None:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """One mixture-of-experts feed-forward layer.
+    """One mixture-of-experts feed-forward layer. Published families are in `moe.presets`.
 
     Attributes:
       num_experts: E, routed experts.
       top_k: k, experts per token.
-      expert_dim: hidden width of one routed (SwiGLU) expert.
-      num_shared_experts: always-on experts, fused into one SwiGLU of `num_shared_experts * expert_dim`.
-      router: a name in `moe.routers` or an import path `package.module:factory`; the factory is called
-        as `factory(num_experts=E, top_k=k)` (and with `renormalize=` if its signature takes it) and
+      expert_dim: hidden width of one routed expert.
+      shared_dim: width of the always-on SwiGLU beside them, 0 for none (n shared experts are one of n times the width).
+      shared_gate: the shared expert is scaled by sigmoid(x w), w learned (Qwen2-MoE).
+      activation: of the routed experts; see `kernels.grouped_ffn`.
+      expert_bias: routed experts have biases (gpt-oss).
+      router: a name in `moe.routers` or an import path `package.module:factory`, with options as in a call,
+        `softmax_topk(renormalize=False)`; the factory is called as `factory(num_experts=E, top_k=k, **options)` and
         returns a `moe.routing.Router`.
-      renormalize: divide the k kept probabilities by their sum (Mixtral, Qwen3) or keep them (OLMoE).
+      policy: `dropless`, or a token policy of `moe.policies` in the same form, `capacity(factor=1.25)`.
+      allow_noncausal: permit a router or policy whose choice for a token depends on later tokens.
       dispatcher: `blocks` (CPU default), `einsum` (the oracle), `ragged` (grouped GEMM on GPU), or `auto`.
       block_size: rows of one block of the `blocks` dispatcher; 0 lets each expert choose among several sizes.
     """
@@ -40,9 +47,13 @@ class MoEConfig:
     num_experts: int = 16
     top_k: int = 2
     expert_dim: int = 128
-    num_shared_experts: int = 0
+    shared_dim: int = 0
+    shared_gate: bool = False
+    activation: Activation = "swiglu"
+    expert_bias: bool = False
     router: str = "softmax_topk"
-    renormalize: bool = True
+    policy: str = "dropless"
+    allow_noncausal: bool = False
     dispatcher: Literal["auto", "blocks", "einsum", "ragged"] = "auto"
     block_size: int = 0
 
@@ -55,7 +66,16 @@ class MoEConfig:
             f"1 <= top_k <= num_experts = {self.num_experts}",
         )
         require(self.expert_dim >= 1, "moe.expert_dim", self.expert_dim, "at least 1")
-        require(self.num_shared_experts >= 0, "moe.num_shared_experts", self.num_shared_experts, "0 or more")
+        require(self.shared_dim >= 0, "moe.shared_dim", self.shared_dim, "0 (none) or a positive width")
+        require(
+            self.shared_dim > 0 or not self.shared_gate, "moe.shared_gate", True, "a shared expert (moe.shared_dim > 0)"
+        )
+        require(
+            self.activation in get_args(Activation),
+            "moe.activation",
+            self.activation,
+            f"one of {', '.join(get_args(Activation))}",
+        )
         require(self.block_size >= 0, "moe.block_size", self.block_size, "0 (automatic) or a positive row count")
 
 

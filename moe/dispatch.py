@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from kernels.grouped_ffn import Implementation, grouped_swiglu
+from kernels.grouped_ffn import Activation, Implementation, grouped_ffn
 from moe.config import MoEConfig
 from moe.routing import RouterOutput
 from parallel import exchange
@@ -22,10 +22,13 @@ from parallel.mesh import AXES, expert_axis_size, on_shards
 
 
 class ExpertParams(NamedTuple):
-    """SwiGLU experts: gate_up [E, d, 2f] (gate first, then up), down [E, f, d]."""
+    """gate_up [E, d, 2f] (gate first, then up; [E, d, f] for activations without a gate), down [E, f, d], and biases
+    [E, 2f] and [E, d] or None."""
 
     gate_up: Array
     down: Array
+    gate_up_bias: Array | None = None
+    down_bias: Array | None = None
 
 
 class Dispatcher(Protocol):
@@ -36,7 +39,7 @@ class Dispatcher(Protocol):
 
 @dataclass(frozen=True)
 class Grouped:
-    """Sort by expert, grouped SwiGLU, weighted gather back: dropless, work proportional to the valid assignments.
+    """Sort by expert, grouped FFN, weighted gather back: dropless, work proportional to the valid assignments.
 
     `implementation="reference"` is the oracle instead: one-hot einsums of every expert on every token, E / K times the
     work.
@@ -44,15 +47,19 @@ class Grouped:
 
     implementation: Implementation = "auto"
     block_size: int = 0
+    activation: Activation = "swiglu"
 
     def apply(self, x: Array, routing: RouterOutput, experts: ExpertParams) -> Array:
-        return grouped_swiglu(
+        return grouped_ffn(
             x,
             routing.indices,
             routing.weights,
             routing.valid,
             experts.gate_up,
             experts.down,
+            gate_up_bias=experts.gate_up_bias,
+            down_bias=experts.down_bias,
+            activation=self.activation,
             block_size=self.block_size,
             scale_on=routing.scale_on,
             implementation=self.implementation,
@@ -96,9 +103,8 @@ def _received(expert: Array, num_experts: int) -> RouterOutput:
 
 def make_dispatcher(config: MoEConfig) -> Dispatcher:
     """The local dispatcher a config names."""
-    if config.dispatcher == "einsum":
-        return Grouped("reference")
-    return Grouped("ragged_dot" if config.dispatcher == "ragged" else config.dispatcher, config.block_size)
+    names: dict[str, Implementation] = {"einsum": "reference", "ragged": "ragged_dot", "blocks": "blocks"}
+    return Grouped(names.get(config.dispatcher, "auto"), config.block_size, config.activation)
 
 
 def dispatch(x: Array, routing: RouterOutput, experts: ExpertParams, local: Dispatcher) -> Array:
@@ -108,11 +114,10 @@ def dispatch(x: Array, routing: RouterOutput, experts: ExpertParams, local: Disp
     """
     inner: Dispatcher = Exchange(local) if expert_axis_size() > 1 else local
 
-    def shard(x: Array, indices: Array, weights: Array, valid: Array, gate_up: Array, down: Array) -> Array:
+    def shard(x: Array, indices: Array, weights: Array, valid: Array, experts: ExpertParams) -> Array:
         none = jnp.zeros((indices.shape[0], 0), jnp.float32)  # dispatchers read no probabilities
-        own = RouterOutput(indices, weights, valid, none, none, none[0], routing.scale_on)
-        return inner.apply(x, own, ExpertParams(gate_up, down))
+        return inner.apply(x, RouterOutput(indices, weights, valid, none, none, none[0], routing.scale_on), experts)
 
-    tokens, held = P(AXES, None), P("expert", None, None)
-    fn = on_shards(shard, (tokens, tokens, tokens, tokens, held, held), tokens)
-    return fn(x, routing.indices, routing.weights, routing.valid, *experts)
+    tokens = P(AXES, None)
+    fn = on_shards(shard, (tokens, tokens, tokens, tokens, P("expert")), tokens)
+    return fn(x, routing.indices, routing.weights, routing.valid, experts)

@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kernels.grouped_ffn import is_gated
 from moe.config import MoEConfig
 from moe.dispatch import ExpertParams, dispatch, make_dispatcher
 from moe.losses import RoutingStats, routing_stats
+from moe.policies import make_policy
 from moe.routing import drop_padding, make_router
 
 
@@ -40,25 +42,48 @@ class DenseFFN(nn.Module):
 
 
 class Experts(nn.Module):
-    """Holds the routed experts' weights, gate_up [E, d, 2f] and down [E, f, d]."""
+    """Holds the routed experts' weights and, where they have them, biases; see `ExpertParams`."""
 
-    num_experts: int
+    config: MoEConfig
     hidden: int
-    expert_dim: int
     init_std: float
     out_std: float
 
     @nn.compact
     def __call__(self, dtype: Any) -> ExpertParams:
-        e, d, f = self.num_experts, self.hidden, self.expert_dim
-        gate_up = self.param("gate_up", nn.initializers.truncated_normal(self.init_std), (e, d, 2 * f))
-        down = self.param("down", nn.initializers.truncated_normal(self.out_std), (e, f, d))
-        return ExpertParams(gate_up.astype(dtype), down.astype(dtype))
+        cfg, e, d, f = self.config, self.config.num_experts, self.hidden, self.config.expert_dim
+        width = 2 * f if is_gated(cfg.activation) else f
+        normal = nn.initializers.truncated_normal
+        gate_up = self.param("gate_up", normal(self.init_std), (e, d, width))
+        down = self.param("down", normal(self.out_std), (e, f, d))
+        params = ExpertParams(gate_up.astype(dtype), down.astype(dtype))
+        if not cfg.expert_bias:
+            return params
+        gate_up_bias = self.param("gate_up_bias", nn.initializers.zeros, (e, width))
+        down_bias = self.param("down_bias", nn.initializers.zeros, (e, d))
+        return params._replace(gate_up_bias=gate_up_bias.astype(dtype), down_bias=down_bias.astype(dtype))
+
+
+class SharedExpert(nn.Module):
+    """The SwiGLU every token passes; scaled by sigmoid(x w) where `shared_gate` asks for it (Qwen2-MoE)."""
+
+    config: MoEConfig
+    init_std: float
+    out_std: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        out = DenseFFN(self.config.shared_dim, self.init_std, self.out_std, name="ffn")(x)
+        if not self.config.shared_gate:
+            return out
+        gate = self.param("gate", nn.initializers.truncated_normal(self.init_std), (x.shape[-1], 1))
+        return jax.nn.sigmoid(x @ gate.astype(x.dtype)) * out
 
 
 class MoELayer(nn.Module):
-    """1. logits = x W_r in float32; 2. the router chooses and weighs; 3. padding is dropped; 4. the dispatcher runs the
-    experts; 5. shared experts are added. Balance losses leave as `RoutingStats`, by return value.
+    """1. logits = x W_r in float32; 2. the router chooses and weighs; 3. padding is dropped, and what the token policy
+    drops; 4. the dispatcher runs the experts; 5. the shared expert, which needs none of this, is added. Balance losses
+    leave as `RoutingStats`, by return value.
     """
 
     config: MoEConfig
@@ -67,20 +92,25 @@ class MoELayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, token_valid: Array, token_ids: Array, router_state: Any, key: Array
+        self, x: Array, token_valid: Array, token_ids: Array, router_state: Any, key: Array | None
     ) -> tuple[Array, RoutingStats]:
-        """x [B, S, d], token_valid [B, S] bool, token_ids [B, S] -> ([B, S, d], stats)."""
+        """x [B, S, d], token_valid [B, S] bool, token_ids [B, S], key None at evaluation -> ([B, S, d], stats)."""
         b, s, d = x.shape
         cfg = self.config
         router_weight = self.param("router", nn.initializers.truncated_normal(self.init_std), (d, cfg.num_experts))
-        experts = Experts(cfg.num_experts, d, cfg.expert_dim, self.init_std, self.out_std, name="experts")(x.dtype)
+        experts = Experts(cfg, d, self.init_std, self.out_std, name="experts")(x.dtype)
 
         flat = x.reshape(b * s, d)
-        logits = jnp.dot(flat.astype(jnp.float32), router_weight, precision="float32")
-        routing, losses = make_router(cfg)(flat, logits, token_ids.reshape(-1), router_state, key)
+        router = make_router(cfg)
+        router_input = getattr(router, "router_input", None)
+        seen = flat.astype(jnp.float32)
+        seen = seen if key is None or router_input is None else router_input(seen, jax.random.fold_in(key, 0))
+        logits = jnp.dot(seen, router_weight, precision="float32")
+        ids = jnp.where(token_valid, token_ids, -1).reshape(-1)
+        routing, losses = router(flat, logits, ids, router_state, key)
         routing = drop_padding(routing, token_valid.reshape(-1))
-        out = dispatch(flat, routing, experts, make_dispatcher(cfg)).reshape(b, s, d)
-        if cfg.num_shared_experts:
-            width = cfg.num_shared_experts * cfg.expert_dim
-            out = out + DenseFFN(width, self.init_std, self.out_std, name="shared")(x)
-        return out, routing_stats(routing, token_valid, losses, kept=routing.valid)
+        kept = make_policy(cfg)(routing, num_sequences=b, training=key is not None)
+        out = dispatch(flat, kept, experts, make_dispatcher(cfg)).reshape(b, s, d)
+        if cfg.shared_dim:
+            out = out + SharedExpert(cfg, self.init_std, self.out_std, name="shared")(x)
+        return out, routing_stats(routing, token_valid, losses, kept=kept.valid)

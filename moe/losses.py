@@ -9,12 +9,14 @@ Normalised by k: uniform routing gives exactly 1 for every k, collapse on one ex
 do not divide by k (HF Mixtral family, MaxText) give k times this value. Gradient flows through P only; f is a count.
 Everything is a sum over tokens divided once by the global token count, so unequal groups weigh by their tokens.
 
-Legend: L MoE layers, B sequences, G groups (one f each), S positions, E experts, K (static) and k experts per token.
+Legend: L MoE layers, B sequences, G groups (one f each), S positions, E experts, D groups of experts (devices),
+K (static) and k experts per token.
 """
 
 from __future__ import annotations
 
-from typing import get_args
+from dataclasses import replace
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +32,8 @@ class RoutingStats:
     """What one MoE layer tells about its routing, per sequence; stacked over layers it has a leading [L].
 
     Attributes:
-      counts: [B, E] float32, valid assignments; no gradient.
+      counts: [B, E] float32, valid assignments before a token policy drops any; no gradient.
+      balance_counts: [B, E] float32, those the balance loss sees: `counts`, unless the router counts other choices.
       prob_sums: [B, E] float32, sum of `probs` over valid tokens; carries the balance gradient.
       tokens: [B] float32, valid tokens.
       z_sums: [B] float32, sum over valid tokens of logsumexp(logits)^2 (ST-MoE 2202.08906, Eq. 5).
@@ -39,9 +42,11 @@ class RoutingStats:
       dropped: [B] float32, assignments of valid tokens that a token policy dropped.
       router_losses: the router's own terms, sums over tokens.
       indices: [B, S, K] int32 with E for invalid assignments (shuffle scope, domain analysis).
+      observed: what the router's `update` wants, summed over tokens; any pytree.
     """
 
     counts: Array
+    balance_counts: Array
     prob_sums: Array
     tokens: Array
     z_sums: Array
@@ -50,6 +55,7 @@ class RoutingStats:
     dropped: Array
     router_losses: dict[str, Array]
     indices: Array
+    observed: Any = None
 
 
 def routing_stats(
@@ -73,8 +79,12 @@ def routing_stats(
     frozen = jax.lax.stop_gradient(probs)
     entropy = -jnp.sum(frozen * jnp.log(jnp.maximum(frozen, 1e-30)), axis=-1)
     chosen = jnp.sum(jnp.take_along_axis(frozen, indices, axis=-1) * valid, axis=-1)
+    counts = balance_counts = jax.lax.stop_gradient(expert_counts(indices, valid, num_experts))
+    if routing.balance_indices is not None:
+        balance_counts = expert_counts(per_sequence(routing.balance_indices), token_valid[..., None], num_experts)
     return RoutingStats(
-        counts=jax.lax.stop_gradient(expert_counts(indices, valid, num_experts)),
+        counts=counts,
+        balance_counts=balance_counts,
         prob_sums=jnp.einsum("bs,bse->be", mask, probs),
         tokens=jnp.sum(mask, axis=1),
         z_sums=jnp.sum(jnp.square(z) * mask, axis=1),
@@ -83,6 +93,7 @@ def routing_stats(
         dropped=jnp.sum(valid & ~per_sequence(kept), axis=(1, 2), dtype=jnp.float32),
         router_losses=router_losses,
         indices=jnp.where(valid, indices, num_experts),
+        observed=jax.lax.stop_gradient(routing.observed),
     )
 
 
@@ -146,7 +157,8 @@ def shuffled_frequency(indices: Array, keys: Array, sample_tokens: int, num_expe
 @struct.dataclass
 class BalancePrior:
     """Counts of what was seen before this forward pass: the buffer of 2501.11873, Algorithm 1. Starts at zero with
-    every optimiser step; counts *and* token totals, so unequal micro-batches stay right."""
+    every optimiser step (scope `ema` keeps one across steps); counts *and* token totals, so unequal micro-batches stay
+    right."""
 
     counts: Array  # [L, E]
     tokens: Array  # [L]
@@ -156,7 +168,11 @@ class BalancePrior:
         return cls(jnp.zeros((num_layers, num_experts)), jnp.zeros((num_layers,)))
 
     def add(self, stats: RoutingStats) -> BalancePrior:
-        return BalancePrior(self.counts + stats.counts.sum(axis=1), self.tokens + stats.tokens.sum(axis=1))
+        return BalancePrior(self.counts + stats.balance_counts.sum(axis=1), self.tokens + stats.tokens.sum(axis=1))
+
+    def decayed(self, decay: float, step: BalancePrior) -> BalancePrior:
+        """decay * self + step: f of scope `ema`, once per optimiser step. Its ratio needs no bias correction."""
+        return jax.tree.map(lambda old, new: decay * old + new, self, step)
 
 
 def scoped_balance_loss(
@@ -165,7 +181,7 @@ def scoped_balance_loss(
     *,
     top_k: int,
     total_tokens: Array | float,
-    micro_batch_size: int = 1,
+    group_size: int = 1,
     prior: BalancePrior | None = None,
     frequency: Array | None = None,
 ) -> Array:
@@ -173,9 +189,10 @@ def scoped_balance_loss(
 
     Args:
       stats: stacked over layers, [L, B, ...].
-      scope: `sequence`, `microbatch` (groups of `micro_batch_size` sequences), `global_prefix` (f of all tokens up to
-        and including this pass; needs `prior`), `global_exact` (f of all tokens of the step: of this pass alone when
-        there is one, else given as `frequency` [L, 1, E]), `shuffle_micro` (`frequency` [L, G, E]), `none`.
+      scope: `sequence`, `microbatch` and `device` (f of `group_size` consecutive sequences: a micro-batch, or what one
+        device holds of this pass), `global_prefix` (f of all tokens up to and including this pass; needs `prior`),
+        `global_exact` (f of all tokens of the step: of this pass alone when there is one, else given as `frequency`
+        [L, 1, E]), `ema` (`frequency` [L, 1, E] of the steps before), `shuffle_micro` (`frequency` [L, G, E]), `none`.
       total_tokens: valid tokens of the whole optimiser step.
 
     Raises:
@@ -184,17 +201,20 @@ def scoped_balance_loss(
     require(scope in get_args(BalanceScope), "balance.scope", scope, f"one of {', '.join(get_args(BalanceScope))}")
     if scope == "none":
         return jnp.float32(0.0)
-    if scope in ("sequence", "microbatch", "shuffle_micro"):
-        size = 1 if scope == "sequence" else micro_batch_size
+    if scope in ("sequence", "microbatch", "device", "shuffle_micro"):
+        size = 1 if scope == "sequence" else group_size
         prob_sums = group_sum(stats.prob_sums, size)
         if scope == "shuffle_micro":
             require(frequency is not None, "frequency", None, "the sampled frequency [L, G, E] for scope shuffle_micro")
         else:
-            frequency = selection_frequency(group_sum(stats.counts, size), group_sum(stats.tokens, size), top_k)
+            counts, tokens = group_sum(stats.balance_counts, size), group_sum(stats.tokens, size)
+            frequency = selection_frequency(counts, tokens, top_k)
     else:
         prob_sums = stats.prob_sums.sum(axis=1, keepdims=True)
         if scope == "global_prefix":
             require(prior is not None, "prior", None, "the counts so far (BalancePrior) for scope global_prefix")
+        if scope == "ema":
+            require(frequency is not None, "frequency", None, "f of the steps before, [L, 1, E], for scope ema")
         if frequency is None:
             zero = BalancePrior(jnp.zeros_like(stats.counts[:, 0]), jnp.zeros_like(stats.tokens[:, 0]))
             seen = (prior or zero).add(stats)
@@ -206,3 +226,39 @@ def scoped_balance_loss(
 def z_loss(stats: RoutingStats, total_tokens: Array | float) -> Array:
     """Mean over tokens and layers of logsumexp(logits)^2; (log E)^2 at zero logits (ST-MoE 2202.08906, Eq. 5)."""
     return jnp.sum(stats.z_sums) / (stats.z_sums.shape[0] * jnp.maximum(total_tokens, 1.0))
+
+
+def importance_loss(stats: RoutingStats, group_size: int, total_tokens: Array | float) -> Array:
+    """Squared coefficient of variation of sum_t p_t over experts, per group of sequences, weighted by their tokens.
+
+    Shazeer et al. 1701.06538, Eq. 6-7, with their CV of the batch at hand: the group is the batch it speaks of.
+    """
+    sums, tokens = group_sum(stats.prob_sums, group_size), group_sum(stats.tokens, group_size)
+    return jnp.sum(tokens * squared_variation(sums)) / (sums.shape[0] * jnp.maximum(total_tokens, 1.0))
+
+
+def squared_variation(x: Array) -> Array:
+    """var(x) / mean(x)^2 over the last axis; zero where the mean is zero."""
+    mean = jnp.mean(x, axis=-1)
+    return jnp.var(x, axis=-1) / jnp.maximum(jnp.square(mean), 1e-10)
+
+
+def device_stats(stats: RoutingStats, devices: int) -> RoutingStats:
+    """The statistics of D = `devices` equal groups of consecutive experts: their balance loss is DeepSeek-V2's
+    device-level one (2405.04434, Eqs. 26-28; uniform routing gives 1)."""
+    num_experts = stats.counts.shape[-1]
+    require(devices >= 1 and num_experts % devices == 0, "balance.devices", devices, f"a divisor of {num_experts}")
+    grouped = lambda x: x.reshape(*x.shape[:-1], devices, num_experts // devices).sum(axis=-1)  # noqa: E731
+    counts = grouped(stats.counts)
+    return replace(
+        stats, counts=counts, balance_counts=grouped(stats.balance_counts), prob_sums=grouped(stats.prob_sums)
+    )
+
+
+def communication_stats(stats: RoutingStats, devices: int) -> RoutingStats:
+    """As `device_stats`, but a token counts once for every device it is sent to: DeepSeek-V2's communication loss
+    (2405.04434, Eqs. 29-31) is its balance loss with M, the devices a token may reach, for k."""
+    local = stats.counts.shape[-1] // devices
+    sent = jnp.any(stats.indices[..., None] // local == jnp.arange(devices), axis=-2)  # invalid is E: no device
+    counts = jnp.sum(sent, axis=-2, dtype=jnp.float32)
+    return replace(device_stats(stats, devices), counts=counts, balance_counts=counts)

@@ -17,11 +17,10 @@ def max_violation(counts: Array) -> Array:
     return jnp.max(counts, axis=-1) / mean - 1.0
 
 
-def pass_metrics(stats: RoutingStats, micro_batch_size: int) -> dict[str, Array]:
-    """What one forward pass can tell; the train step averages these over its accumulation passes. Where the passes'
-    sequences are no multiple of `micro_batch_size`, the micro-batch figure is that of single sequences."""
+def pass_metrics(stats: RoutingStats, group: int) -> dict[str, Array]:
+    """What one forward pass can tell; the train step averages these over its accumulation passes. `group` is the number
+    of sequences of a micro-batch."""
     tokens = jnp.maximum(stats.tokens.sum(), 1.0)
-    group = micro_batch_size if stats.tokens.shape[1] % micro_batch_size == 0 else 1
     return {
         "router_entropy": stats.entropy_sums.sum() / tokens,
         "top_score": stats.top_score_sums.sum() / tokens,

@@ -124,7 +124,7 @@ class Block(nn.Module):
     kind: LayerKind
 
     @nn.compact
-    def __call__(self, x: Array, per_layer: tuple[Any, Array], shared: tuple[Array, ...]) -> tuple[Array, Any]:
+    def __call__(self, x: Array, per_layer: tuple[Any, Array | None], shared: tuple[Array, ...]) -> tuple[Array, Any]:
         cfg = self.config
         router_state, key = per_layer
         tokens, segment_ids, cos, sin = shared
@@ -160,15 +160,16 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: Array, segment_ids: Array, positions: Array, router_state: Any, key: Array
+        self, tokens: Array, segment_ids: Array, positions: Array, router_state: Any, key: Array | None
     ) -> TransformerOutput:
-        """tokens, segment_ids (0 is padding), positions [B, S] int32; router_state stacked over MoE layers; one key."""
+        """tokens, segment_ids (0 is padding), positions [B, S] int32; router_state stacked over MoE layers; one key, or
+        None at evaluation."""
         cfg = self.config
         dtype = jnp.dtype(cfg.compute_dtype)
         embedding = self.param("embedding", nn.initializers.normal(cfg.init_std), (cfg.vocab_size, cfg.hidden))
         x = jnp.take(embedding, tokens, axis=0).astype(dtype)
         shared = (tokens, segment_ids, *rope_tables(positions, cfg.head_dim, cfg.rope_theta))
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(cfg.num_layers))
+        keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(cfg.num_layers))
 
         stats, layer, moe_layer = [], 0, 0
         for run, (kind, group) in enumerate(groupby(cfg.layer_kinds)):
@@ -182,7 +183,8 @@ class Transformer(nn.Module):
                 length=length,
                 unroll=cfg.unroll or length,
             )(cfg, kind, name=f"runs_{run}")
-            x, out = blocks(x, (state if kind == "moe" else {}, keys[layer : layer + length]), shared)
+            layer_keys = None if keys is None else keys[layer : layer + length]
+            x, out = blocks(x, (state if kind == "moe" else {}, layer_keys), shared)
             layer += length
             if kind == "moe":
                 moe_layer += length

@@ -22,7 +22,7 @@ def warmup_cosine(peak: float, warmup_steps: int, total_steps: int, final_fracti
 
 def decay_mask(params: Any) -> Any:
     """True for weights; False for norm scales and biases, by name (stacked layers give them a second dimension)."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith(("scale", "bias")), params)
 
 
 def adamw(

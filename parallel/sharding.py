@@ -18,6 +18,7 @@ RULES: tuple[tuple[str, P], ...] = (
     # contraction-free hidden axis over `fsdp`, gathered just before use.
     (r"experts/gate_up$", P("expert", "fsdp", None)),
     (r"experts/down$", P("expert", None, "fsdp")),
+    (r"experts/(gate_up|down)_bias$", P("expert", None)),
     # The router [d, E] is small and every device needs all of it: replicated.
     (r"router$", P()),
     # Dense weights: one axis over `fsdp` *and* `expert` (the devices of an expert group hold equal dense layers, so
@@ -25,8 +26,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"embedding$|head$", P(("fsdp", "expert"), None)),
     (r"w[qkv]$", P(("fsdp", "expert"), None, None)),
     (r"wo$", P(None, None, ("fsdp", "expert"))),
-    (r"ffn/gate_up$|shared/gate_up$", P(("fsdp", "expert"), None)),
-    (r"ffn/down$|shared/down$", P(None, ("fsdp", "expert"))),
+    (r"ffn/gate_up$", P(("fsdp", "expert"), None)),
+    (r"ffn/down$", P(None, ("fsdp", "expert"))),
     # Norm scales, counters, keys, everything else: replicated.
     (r".*", P()),
 )

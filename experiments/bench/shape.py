@@ -81,7 +81,7 @@ class StepShape:
 
         Its layers are unrolled, as the peer's are: rolled, slices of the stacked residuals cost some 7 % on CPU.
         """
-        moe = MoEConfig(self.experts, self.top_k, self.expert_dim, renormalize=False)
+        moe = MoEConfig(self.experts, self.top_k, self.expert_dim, router="softmax_topk(renormalize=False)")
         model = ModelConfig(
             vocab_size=self.vocab, hidden=self.hidden, num_layers=self.layers, num_heads=self.heads,
             num_kv_heads=self.heads, head_dim=self.head_dim, moe=moe, qk_norm=True, unroll=0,

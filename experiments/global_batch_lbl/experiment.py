@@ -113,7 +113,7 @@ def paper() -> Preset:
     Depth and widths are not in the paper [reconstructed]: these give 3.4B parameters, 0.47B active without embeddings
     (bytes here; the paper's vocabulary is far larger). AdamW's rate is ours too.
     """
-    moe = MoEConfig(num_experts=64, top_k=4, expert_dim=640, num_shared_experts=4)
+    moe = MoEConfig(num_experts=64, top_k=4, expert_dim=640, shared_dim=4 * 640)
     model = ModelConfig(
         vocab_size=256,
         hidden=1280,

@@ -30,7 +30,7 @@ class TemperatureTopK:
         return {}
 
     def __call__(
-        self, x: Array, logits: Array, token_ids: Array, router_state: dict, key: Array
+        self, x: Array, logits: Array, token_ids: Array, router_state: dict, key: Array | None
     ) -> tuple[RouterOutput, dict[str, Array]]:
         """x [T, d], logits [T, E], token_ids [T] -> (who goes where, own losses by name as sums over tokens)."""
         del x, token_ids, router_state, key

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from moe.config import require
-from moe.routing import RouterOutput, expert_counts, top_k_indices
+from moe.routing import RouterOutput, at_least_float32, token_choice, top_k_indices
 
 
 @dataclass(frozen=True)
@@ -31,18 +31,16 @@ class SoftmaxTopK:
         return {}
 
     def __call__(
-        self, x: Array, logits: Array, token_ids: Array, router_state: dict, key: Array
+        self, x: Array, logits: Array, token_ids: Array, router_state: dict, key: Array | None
     ) -> tuple[RouterOutput, dict[str, Array]]:
         del x, token_ids, router_state, key
-        logits = logits.astype(jnp.float32)
+        logits = at_least_float32(logits)
         probs = jax.nn.softmax(logits, axis=-1)
         indices = top_k_indices(probs, self.top_k)
         weights = jnp.take_along_axis(probs, indices, axis=-1)
         if self.renormalize:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        valid = jnp.ones(indices.shape, bool)
-        counts = expert_counts(indices, valid, self.num_experts)
-        return RouterOutput(indices, weights, valid, probs, logits, counts), {}
+        return token_choice(probs, logits, indices, weights), {}
 
 
 def make(num_experts: int, top_k: int, renormalize: bool = True) -> SoftmaxTopK:

@@ -38,7 +38,7 @@ def test_types():
             "balance.scope=sequence",
             "data.domains=one,two",
             "model.qk_norm=True",
-            "model.moe.renormalize=false",
+            "model.moe.router=softmax_topk(renormalize=False)",
         ],
     )
     assert config.steps == 12
@@ -47,7 +47,7 @@ def test_types():
     assert config.balance.scope == "sequence"
     assert config.data.domains == ("one", "two")
     assert config.model.qk_norm is True
-    assert config.model.moe.renormalize is False
+    assert config.model.moe.router == "softmax_topk(renormalize=False)"
     assert config.batch_size == smoke().batch_size
 
 

@@ -13,6 +13,32 @@ LAYERS = 2
 
 BLOCK = {"hidden": 12, "expert_dim": 10, "experts": 5, "top_k": 2, "batch": 2, "seq": 7}
 
+# What `moe_blocks.npz` holds, on BLOCK's input and width. `shared` is the shared expert's width, `keep` the number of
+# groups whose experts stay in the choice, `capacity` the tokens an expert takes from one sequence.
+MOE_BLOCKS = {
+    "qwen2_moe": {"experts": 6, "top_k": 2, "expert_dim": 10, "shared": 14, "normalize": False},
+    "qwen3_moe": {"experts": 6, "top_k": 3, "expert_dim": 10, "normalize": True},
+    "qwen3_moe_raw": {"experts": 6, "top_k": 3, "expert_dim": 10, "normalize": False},
+    "deepseek_v2_greedy": {"experts": 8, "top_k": 3, "expert_dim": 10, "shared": 20, "scale": 1.7},
+    "deepseek_v2_grouped": {
+        "experts": 8, "top_k": 3, "expert_dim": 10, "shared": 20, "scale": 1.7, "groups": 4, "keep": 2,
+    },
+    "deepseek_v3": {
+        "experts": 8, "top_k": 3, "expert_dim": 10, "shared": 10, "scale": 2.5, "groups": 4, "keep": 2,
+        "normalize": True,
+    },
+    "deepseek_v3_wide": {
+        "experts": 12, "top_k": 4, "expert_dim": 10, "shared": 10, "scale": 2.5, "groups": 3, "keep": 2,
+        "normalize": True,
+    },
+    "gpt_oss": {"experts": 5, "top_k": 2, "expert_dim": 10, "alpha": 1.702, "limit": 7.0},
+    "gpt_oss_large": {"experts": 5, "top_k": 2, "expert_dim": 10, "alpha": 1.702, "limit": 7.0},
+    "switch": {"experts": 4, "top_k": 1, "expert_dim": 10, "capacity": 7},
+    "switch_capacity": {"experts": 4, "top_k": 1, "expert_dim": 10, "capacity": 2},
+    "llama4": {"experts": 5, "top_k": 1, "expert_dim": 10, "shared": 10},
+}  # fmt: skip
+WIDE = ("gate.weight", "router.weight", "classifier.weight")  # ends of the routers' names
+
 MODEL = {"vocab": 40, "hidden": 32, "expert_dim": 12, "experts": 6, "top_k": 2, "layers": 2, "batch": 2, "seq": 12}
 # OLMoE normalises the whole projected query width, we normalise per head: the same thing with one head.
 HEADS = {
@@ -49,7 +75,13 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """A parameter by its Hugging Face name: norm scales near 1, routers wide (clear margins), others 1/sqrt(d)."""
     if "norm" in name:
         return 1.0 + draw(name, shape, 0.3)
-    return draw(name, shape, 1.0 if name.endswith("gate.weight") else 0.25)
+    return draw(name, shape, 1.0 if name.endswith(WIDE) else 0.25)
+
+
+def block_input(name: str) -> np.ndarray:
+    """Input of a block of MOE_BLOCKS: `block/x`, but sixteen times wider values where the clamp has to bite."""
+    shape = (BLOCK["batch"], BLOCK["seq"], BLOCK["hidden"])
+    return draw("block/x_large", shape, 16.0) if name.endswith("_large") else draw("block/x", shape)
 
 
 def direction(name: str, shape: tuple[int, ...]) -> np.ndarray:

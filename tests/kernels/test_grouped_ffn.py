@@ -1,6 +1,7 @@
-"""The fused expert SwiGLU against a dense oracle: values, all four gradients, extreme routings, transformations."""
+"""The fused expert FFN against a dense oracle: values, all gradients, extreme routings, transformations."""
 
 from functools import partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,22 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from kernels.grouped_ffn import automatic_block_sizes, grouped_swiglu
+from kernels.grouped_ffn import automatic_block_sizes, grouped_ffn
 
 T, K, E, D, F, B = 45, 2, 5, 8, 6, 8
 
+ACTIVATIONS = {
+    "swiglu": lambda gate, up: gate / (1 + np.exp(-gate)) * up,
+    "swiglu_oai": lambda gate, up: (
+        (np.clip(up, -7, 7) + 1) * np.minimum(gate, 7) / (1 + np.exp(-1.702 * np.minimum(gate, 7)))
+    ),
+    "relu": lambda h: np.maximum(h, 0),
+    "gelu": lambda h: h / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3))),
+}
+PARTS = {"swiglu": 2, "swiglu_oai": 2, "relu": 1, "gelu": 1}
 
-def problem(routing="uneven", dtype=np.float32, seed=0):
+
+def problem(routing="uneven", dtype=np.float32, seed=0, parts=2):
     """x, weights, gate_up, down, indices, valid, cotangent."""
     rng = np.random.default_rng(seed)
 
@@ -33,17 +44,26 @@ def problem(routing="uneven", dtype=np.float32, seed=0):
     elif routing == "one_takes_all":
         indices, valid = np.full((T, K), 4), np.repeat([[True, False]], T, axis=0)
     weights = jnp.asarray(rng.random((T, K)).astype(dtype))
-    params = normal(E, D, 2 * F) / 2, normal(E, F, D) / 2
+    params = normal(E, D, parts * F) / 2, normal(E, F, D) / 2
     return normal(T, D), weights, *params, jnp.asarray(indices, jnp.int32), jnp.asarray(valid), normal(T, D)
 
 
-@partial(jax.jit, static_argnames=("implementation", "scale_on", "block_size"))
-def value_and_grads(x, weights, gate_up, down, indices, valid, g, **options):
-    def call(x, w, gu, dn):
-        return grouped_swiglu(x, indices, w, valid, gu, dn, **options)
+def make_biases(dtype=np.float32, parts=2, size=1.0):
+    """Keyword arguments; a `size` of 5 puts pre-activations on both sides of the bounds of swiglu_oai."""
+    rng = np.random.default_rng(3)
+    shapes = {"gate_up_bias": (E, parts * F), "down_bias": (E, D)}
+    return {name: jnp.asarray((size * rng.standard_normal(shape)).astype(dtype)) for name, shape in shapes.items()}
 
-    out, vjp = jax.vjp(call, x, weights, gate_up, down)
-    return out, *vjp(g.astype(out.dtype))
+
+@partial(jax.jit, static_argnames=("implementation", "scale_on", "block_size", "activation"))
+def value_and_grads(x, weights, gate_up, down, indices, valid, g, biases={}, **options):  # noqa: B006
+    """The output, the gradients of x, weights, gate_up and down, then those of the biases by name."""
+
+    def call(x, w, gu, dn, biases):
+        return grouped_ffn(x, indices, w, valid, gu, dn, **biases, **options)
+
+    out, vjp = jax.vjp(call, x, weights, gate_up, down, biases)
+    return jax.tree.leaves((out, vjp(g.astype(out.dtype))))
 
 
 def assert_close(got, want, tolerance):
@@ -53,43 +73,68 @@ def assert_close(got, want, tolerance):
 
 
 @pytest.mark.parametrize("scale_on", ["output", "input"])
-@pytest.mark.parametrize("implementation", ["blocks", "ragged_dot", "auto"])
-def test_values_and_gradients_match_the_dense_oracle(implementation, scale_on):
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    ("activation", "implementation"),
+    [*product(ACTIVATIONS, ("blocks", "ragged_dot")), ("swiglu", "auto")],
+)
+def test_values_and_gradients_match_the_dense_oracle(activation, implementation, biased, scale_on):
     with jax.enable_x64(True):
-        run = jax.jit(partial(value_and_grads, implementation=implementation, scale_on=scale_on, block_size=B))
-        oracle = jax.jit(partial(value_and_grads, implementation="reference", scale_on=scale_on))
+        biases = make_biases(np.float64, PARTS[activation], size=5.0) if biased else {}
+        run = partial(value_and_grads, biases=biases, activation=activation, scale_on=scale_on)
         for routing in ("uneven", "some_invalid", "all_invalid", "empty_experts", "one_takes_all"):
-            inputs = problem(routing, np.float64)
-            assert_close(run(*inputs), oracle(*inputs), 1e-12)
-
-
-def test_the_oracle_is_the_equation():
-    x, weights, gate_up, down, indices, valid, _ = (np.asarray(a) for a in problem("some_invalid", np.float64))
-    want = np.zeros_like(x)
-    for t in range(T):
-        for k in range(K):
-            h = x[t] @ gate_up[indices[t, k]]
-            activation = h[:F] / (1 + np.exp(-h[:F])) * h[F:]
-            want[t] += valid[t, k] * weights[t, k] * (activation @ down[indices[t, k]])
-    got = grouped_swiglu(*map(jnp.asarray, (x, indices, weights, valid, gate_up, down)), implementation="reference")
-    np.testing.assert_allclose(got, want, atol=2e-5)
+            inputs = problem(routing, np.float64, parts=PARTS[activation])
+            got = run(*inputs, implementation=implementation, block_size=B)
+            assert_close(got, run(*inputs, implementation="reference"), 1e-12)
 
 
 @pytest.mark.parametrize("scale_on", ["output", "input"])
-def test_gradients_match_finite_differences(scale_on):
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_oracle_is_the_equation(activation, biased, scale_on):
+    parts = PARTS[activation]
+    with jax.enable_x64(True):
+        inputs = problem("some_invalid", np.float64, parts=parts)
+        biases = make_biases(np.float64, parts, size=5.0) if biased else {}
+        got = value_and_grads(
+            *inputs, biases=biases, activation=activation, scale_on=scale_on, implementation="reference"
+        )[0]
+    x, weights, gate_up, down, indices, valid, _ = map(np.asarray, inputs)
+    gate_up_bias, down_bias = (np.asarray(biases.get(name, np.zeros(E))) for name in ("gate_up_bias", "down_bias"))
+    want = np.zeros_like(x)
+    for t in range(T):
+        for k in range(K):
+            e, w = indices[t, k], weights[t, k]
+            on_input, on_output = (w, 1) if scale_on == "input" else (1, w)
+            h = (on_input * x[t]) @ gate_up[e] + gate_up_bias[e]
+            y = ACTIVATIONS[activation](*np.split(h, parts)) @ down[e] + down_bias[e]
+            want[t] += valid[t, k] * on_output * y
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-12 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("scale_on", ["output", "input"])
+@pytest.mark.parametrize(("activation", "biased"), [("swiglu", False), ("swiglu_oai", True)])
+def test_gradients_match_finite_differences(activation, biased, scale_on):
     with jax.enable_x64(True):
         *params, indices, valid, g = problem("some_invalid", np.float64)
+        params.append(make_biases(np.float64, size=5.0) if biased else {})
         rng = np.random.default_rng(1)
-        direction = [rng.standard_normal(a.shape) for a in params]
-        run = partial(value_and_grads, scale_on=scale_on, block_size=B)
+        direction = jax.tree.map(lambda a: rng.standard_normal(a.shape), params)
+        run = partial(value_and_grads, activation=activation, scale_on=scale_on, block_size=B)
 
         def output(step):
-            moved = (np.asarray(a) + step * b for a, b in zip(params, direction))
-            return np.asarray(run(*moved, indices, valid, g)[0])
+            *moved, biases = jax.tree.map(lambda a, b: a + step * b, params, direction)
+            return np.asarray(run(*moved, indices, valid, g, biases)[0])
 
         numeric = np.vdot(g, output(1e-5) - output(-1e-5)) / 2e-5
-        exact = sum(np.vdot(a, b) for a, b in zip(run(*params, indices, valid, g)[1:], direction))
+        gradients = run(*params[:-1], indices, valid, g, params[-1])[1:]
+        exact = sum(np.vdot(a, b) for a, b in zip(gradients, jax.tree.leaves(direction), strict=True))
         np.testing.assert_allclose(exact, numeric, rtol=1e-8)
+        if activation == "swiglu_oai":
+            h = np.einsum("td,edf->tef", params[0], params[2]) + np.asarray(params[-1]["gate_up_bias"])
+            gate, up = np.split(h, 2, axis=-1)
+            for clipped in (gate > 7, up > 7, up < -7):
+                assert 0.02 < clipped.mean() < 0.5, "points on both sides of every bound"
 
 
 @pytest.mark.parametrize("routing", ["some_invalid", "one_takes_all"])
@@ -103,23 +148,30 @@ def test_block_size_changes_nothing(block_size, routing):
     )
 
 
-def test_bfloat16_compute_with_float32_parameters():
-    x, weights, gate_up, down, indices, valid, g = problem()
-    run = partial(value_and_grads, block_size=B)
-    got = run(x.astype(jnp.bfloat16), weights, gate_up, down, indices, valid, g)
-    assert [a.dtype.name for a in got] == ["bfloat16", "bfloat16", "float32", "float32", "float32"]
-    assert_close(got, run(x, weights, gate_up, down, indices, valid, g), 0.03)
+@pytest.mark.parametrize(("activation", "biased"), [("swiglu", False), ("swiglu_oai", True), ("gelu", True)])
+def test_bfloat16_compute_with_float32_parameters(activation, biased):
+    x, *params, indices, valid, g = problem(parts=PARTS[activation])
+    biases = make_biases(parts=PARTS[activation]) if biased else {}
+    run = partial(value_and_grads, biases=biases, activation=activation, block_size=B)
+    got = run(x.astype(jnp.bfloat16), *params, indices, valid, g)
+    assert [a.dtype.name for a in got] == ["bfloat16"] * 2 + ["float32"] * (3 + len(biases))
+    assert_close(got, run(x, *params, indices, valid, g), 0.03)
 
 
-def test_dropped_assignments_are_inert():
+@pytest.mark.parametrize("implementation", ["blocks", "ragged_dot"])
+@pytest.mark.parametrize(("activation", "biased"), [("swiglu", False), ("swiglu_oai", True), ("relu", True)])
+def test_dropped_assignments_are_inert(activation, biased, implementation):
     """Garbage behind an invalid assignment, even NaN rows and weights and indices out of range, changes no bit."""
-    x, weights, gate_up, down, indices, valid, g = problem("some_invalid")
+    x, weights, gate_up, down, indices, valid, g = problem("some_invalid", parts=PARTS[activation])
+    biases = make_biases(parts=PARTS[activation]) if biased else {}
+    run = partial(value_and_grads, biases=biases, activation=activation, implementation=implementation, block_size=B)
     valid = valid.at[:4].set(False)
     wild = jnp.where(valid, weights, jnp.nan), jnp.where(valid, indices, 999), x.at[:4].set(jnp.nan)
-    got = value_and_grads(wild[2], wild[0], gate_up, down, wild[1], valid, g, block_size=B)
-    want = value_and_grads(x, weights, gate_up, down, indices, valid, g, block_size=B)
-    for a, b in zip(got, want):
+    got = run(wild[2], wild[0], gate_up, down, wild[1], valid, g)
+    want = run(x, weights, gate_up, down, indices, valid, g)
+    for a, b in zip(got, want, strict=True):
         np.testing.assert_array_equal(a, b)
+    assert not np.asarray(want[0])[:4].any(), "a token without experts gets nothing, no bias either"
     assert not np.asarray(want[2])[~np.asarray(valid)].any(), "a dropped assignment's weight has zero gradient"
 
 
@@ -129,7 +181,7 @@ def test_inside_a_rematerialised_scan_over_layers():
 
     def loss(x, layers, implementation):
         def step(x, p):
-            return (x + grouped_swiglu(x, indices, weights, valid, *p, implementation=implementation), None)
+            return (x + grouped_ffn(x, indices, weights, valid, *p, implementation=implementation), None)
 
         return jnp.vdot(g, jax.lax.scan(jax.checkpoint(step), x, layers)[0])
 
@@ -150,7 +202,7 @@ def test_inside_shard_map_as_the_expert_exchange_calls_it():
     valid = jnp.asarray(rng.random((8 * 16, 1)) < 0.3).at[:16].set(False)  # the first device received nothing
 
     def local(x, indices, valid, gate_up, down, implementation):
-        return grouped_swiglu(
+        return grouped_ffn(
             x, indices, jnp.ones_like(valid, x.dtype), valid, gate_up, down, implementation=implementation
         )
 
@@ -174,16 +226,21 @@ def test_results_are_reproducible_bit_for_bit():
         np.testing.assert_array_equal(a, b)
 
 
-def test_the_loop_never_scatters_rows():
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_loop_never_scatters_rows(biased):
     """Dispatch, combine and their transposes are gathers: the only scatters are those of the integer plan."""
-    jaxpr = str(jax.make_jaxpr(partial(value_and_grads, implementation="blocks"))(*problem()))
+    biases = make_biases() if biased else {}
+    jaxpr = str(jax.make_jaxpr(partial(value_and_grads, implementation="blocks"))(*problem(), biases))
+    assert (f"f32[{E},{D}]" in jaxpr) == biased, "an absent bias leaves no trace"
     for line in jaxpr.splitlines():
         if "= scatter" in line:
             assert line.split("=")[0].rstrip().split(":")[1].startswith(("i32", f"f32[{E},")), line
 
 
-def test_the_gpu_program_holds_grouped_gemms():
-    text = jax.jit(value_and_grads).trace(*problem()).lower(lowering_platforms=("cuda",)).as_text()
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_gpu_program_holds_grouped_gemms(biased):
+    inputs = *problem(), make_biases() if biased else {}
+    text = jax.jit(value_and_grads).trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("chlo.ragged_dot") >= 6
 
 
@@ -199,6 +256,11 @@ def test_the_gpu_program_holds_grouped_gemms():
         ({"gate_up": jnp.zeros((E, D, 2 * F + 1))}, "an even number"),
         ({"gate_up": jnp.zeros((E, D + 1, 2 * F))}, "gate_up.shape"),
         ({"down": jnp.zeros((E, F, D + 1))}, "down.shape"),
+        ({"down": jnp.zeros((E, F + 1, D))}, "down.shape"),
+        ({"activation": "relu"}, rf"down.shape = .*\[E, f, d\] = \({E}, {2 * F}, {D}\)"),
+        ({"activation": "tanh"}, "activation = 'tanh'"),
+        ({"gate_up_bias": jnp.zeros((E, F))}, "gate_up_bias.shape"),
+        ({"down_bias": jnp.zeros((D,))}, "down_bias.shape"),
         ({"block_size": -1}, "block_size = -1"),
         ({"scale_on": "middle"}, "scale_on = 'middle'"),
         ({"implementation": "fast"}, "implementation = 'fast'"),
@@ -207,7 +269,7 @@ def test_the_gpu_program_holds_grouped_gemms():
 def test_bad_input_names_field_and_value(change, message):
     names = ("x", "weights", "gate_up", "down", "indices", "valid")
     with pytest.raises(ValueError, match=message):
-        grouped_swiglu(**(dict(zip(names, problem())) | change))
+        grouped_ffn(**(dict(zip(names, problem())) | change))
 
 
 @pytest.mark.parametrize(("mean", "unit"), [(1, 16), (64, 16), (128, 16), (256, 32), (512, 64), (4096, 64)])

@@ -44,7 +44,7 @@ def random_logits(seed=0, shape=(L, B, S, E), scale=2.0):
 def loss(stats, scope, total, k=K, mb=2, **kwargs):
     layers, _, experts = stats.prob_sums.shape
     kwargs.setdefault("prior", BalancePrior.zeros(layers, experts))
-    return scoped_balance_loss(stats, scope, top_k=k, total_tokens=total, micro_batch_size=mb, **kwargs)
+    return scoped_balance_loss(stats, scope, top_k=k, total_tokens=total, group_size=mb, **kwargs)
 
 
 @pytest.mark.parametrize("scope", SCOPES)

@@ -11,7 +11,7 @@ from moe.config import ModelConfig, MoEConfig
 from moe.transformer import Transformer, init_router_state, rms_norm
 
 V, S = 31, 10
-MOE = MoEConfig(num_experts=4, top_k=2, expert_dim=12, num_shared_experts=1)
+MOE = MoEConfig(num_experts=4, top_k=2, expert_dim=12, shared_dim=12)
 BASE = ModelConfig(
     vocab_size=V, hidden=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=20, moe=MOE, init_std=0.3
 )
@@ -20,7 +20,7 @@ CONFIGS = {
     "dense": replace(BASE, moe=None, qk_norm=True),
     "mixed_tied": replace(BASE, first_dense=1, tie_embeddings=True),
     "alternating": replace(BASE, num_layers=4, moe_every=2),
-    "top1": replace(BASE, moe=replace(MOE, top_k=1, renormalize=False, num_shared_experts=0)),
+    "top1": replace(BASE, moe=replace(MOE, top_k=1, router="softmax_topk(renormalize=False)", shared_dim=0)),
 }
 
 
@@ -131,7 +131,7 @@ def test_tied_head_is_the_embedding():
 
 def test_equal_experts_with_weights_summing_to_one_are_a_dense_ffn():
     """Routing must not matter when experts are equal: renormalised top-k of clones = the dense model."""
-    config = replace(BASE, moe=replace(MOE, num_shared_experts=0))
+    config = replace(BASE, moe=replace(MOE, shared_dim=0))
     params, run = build(config)
     dense_params, dense = build(replace(BASE, moe=None, ffn_dim=MOE.expert_dim))
     moe = params["runs_0"]["moe"]["experts"]
