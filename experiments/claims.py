@@ -14,37 +14,47 @@ from typing import Literal
 from moe.config import require
 
 Verdict = Literal["holds", "inconclusive", "does not hold"]
-Kind = Literal["ratio", "difference"]
+Kind = Literal["ratio", "difference", "value"]
 Direction = Literal["higher", "lower"]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """`metric` of `arm` against that of `baseline`.
+    """`metric` of `arm` against that of `baseline`, or against a number.
 
     Attributes:
       text: the claim in words.
       metric: key of an arm's metrics.
-      arm, baseline: names of arms.
-      kind: `ratio` compares arm / baseline with 1, `difference` compares arm - baseline with 0.
+      arm, baseline: names of arms; no baseline for a `value`.
+      kind: `ratio` compares arm / baseline with 1, `difference` compares arm - baseline with 0, `value` the metric
+        itself with `size`.
       direction: `higher` or `lower`.
-      size: what the mean must reach, a ratio or a difference; always given in the claimed direction (a difference of
-        0.02 with `lower` means arm - baseline <= -0.02; a ratio of 3 with `lower` means arm / baseline <= 1 / 3).
+      size: what the mean must reach; a ratio or difference is given in the claimed direction (a difference of 0.02 with
+        `lower` means arm - baseline <= -0.02; a ratio of 3 with `lower` means arm / baseline <= 1 / 3).
       paper: the paper's own number, as text.
     """
 
     text: str
     metric: str
     arm: str
-    baseline: str
+    baseline: str | None
     kind: Kind
     direction: Direction
     size: float
     paper: str
 
     def __post_init__(self) -> None:
+        if self.kind == "value":
+            require(self.baseline is None, "claim.baseline", self.baseline, "None for a value")
+            return
+        require(self.baseline is not None, "claim.baseline", None, f"an arm for a {self.kind}")
         least = 1.0 if self.kind == "ratio" else 0.0
         require(self.size >= least, "claim.size", self.size, f"at least {least} for a {self.kind}")
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The arms it speaks of."""
+        return (self.arm,) if self.baseline is None else (self.arm, self.baseline)
 
 
 @dataclass(frozen=True)
@@ -71,15 +81,16 @@ def judge(claim: Claim, arms: Mapping[str, Mapping[str, Sequence[float]]]) -> Ju
     Raises:
       ValueError: if an arm or metric is missing, or the two arms have different numbers of seeds.
     """
-    for name in (claim.arm, claim.baseline):
+    for name in claim.arms:
         require(name in arms, "claim.arm", name, f"one of the arms that ran: {', '.join(arms)}")
         require(
             claim.metric in arms[name], "claim.metric", claim.metric, f"a metric of {name}: {', '.join(arms[name])}"
         )
-    ours, theirs = arms[claim.arm][claim.metric], arms[claim.baseline][claim.metric]
+    ours, theirs = (arms[name][claim.metric] for name in (claim.arm, claim.arms[-1]))
     require(len(ours) == len(theirs) > 0, "seeds", (len(ours), len(theirs)), "as many of the arm as of its baseline")
     values = tuple(_compare(claim.kind, a, b) for a, b in zip(ours, theirs))
-    signs = [math.isfinite(v) and _beyond(claim, v, 1.0 if claim.kind == "ratio" else 0.0, strict=True) for v in values]
+    neutral = {"ratio": 1.0, "difference": 0.0, "value": claim.size}[claim.kind]
+    signs = [math.isfinite(v) and _beyond(claim, v, neutral, strict=True) for v in values]
     mean, std = mean_std(values)
     if all(signs) and _beyond(claim, mean, _threshold(claim), strict=False):
         verdict: Verdict = "holds"
@@ -102,7 +113,14 @@ def stated(claim: Claim) -> str:
     return f"{sign} {_threshold(claim):.4g}" + ("x" if claim.kind == "ratio" else "")
 
 
+def compared(claim: Claim) -> str:
+    """What is compared, as a table shows it: `global / micro`."""
+    return {"ratio": " / ", "difference": " - ", "value": ""}[claim.kind].join(claim.arms)
+
+
 def _compare(kind: Kind, ours: float, theirs: float) -> float:
+    if kind == "value":
+        return ours
     if kind == "difference":
         return ours - theirs
     return ours / theirs if theirs else math.nan
@@ -111,7 +129,7 @@ def _compare(kind: Kind, ours: float, theirs: float) -> float:
 def _threshold(claim: Claim) -> float:
     if claim.kind == "ratio":
         return claim.size if claim.direction == "higher" else 1.0 / claim.size
-    return claim.size if claim.direction == "higher" else -claim.size
+    return claim.size if claim.kind == "value" or claim.direction == "higher" else -claim.size
 
 
 def _beyond(claim: Claim, value: float, bound: float, *, strict: bool) -> bool:

@@ -72,13 +72,13 @@ def run_experiment(
     start(devices)
     from rich.console import Console
 
-    from experiments.experiment import load, preset_of
+    from experiments.experiment import load, preset_of, trained
     from experiments.run import plan_table, run, select
 
     chosen = tuple(part for part in arms.split(",") if part)
     every = [*settings, *_named(router, optimizer)]
     if dry_run:
-        Console().print(plan_table(select(preset_of(load(name), preset), chosen, every, seeds).arms))
+        Console().print(plan_table(trained(select(preset_of(load(name), preset), chosen, every, seeds))))
         return
     target = out or Path("runs") / f"{name.rpartition('.')[2]}-{preset}"
     run(name, preset, target, seeds=seeds, arms=chosen, settings=every, loggers=loggers, profile=_span(profile))
@@ -165,6 +165,19 @@ def bench_moe_layer(json: Path, rounds: int = 15) -> None:
     main(json, rounds)
 
 
+def bench_routing_metrics(json: Path, pairs: int = 60) -> None:
+    """Time the training step with its routing metrics against the same step without them.
+
+    Args:
+      json: result file.
+      pairs: interleaved pairs of steps, at least 50; the median ratio and its 95% interval are reported.
+    """
+    start(None)
+    from experiments.bench.routing_metrics import main
+
+    main(json, pairs)
+
+
 def data_list(corpus: str = "packaged") -> None:
     """Domains of a corpus: source, size, share, licence and rights.
 
@@ -233,6 +246,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "report": report,
     "bench train-step": bench_train_step,
     "bench moe-layer": bench_moe_layer,
+    "bench routing-metrics": bench_routing_metrics,
     "data list": data_list,
     "data fetch": data_fetch,
     "data stats": data_stats,

@@ -61,12 +61,18 @@ def collect(
     return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
 
+def pooled_violation(counts: np.ndarray) -> float:
+    """MaxVio of counts [N, L, E] pooled over all sequences, mean over layers."""
+    return float(np.mean(max_violation(jnp.asarray(counts.sum(axis=0)))))
+
+
 def evaluate(config: RunConfig, state: TrainState, corpus: Corpus, mesh: Mesh) -> tuple[dict[str, float], dict]:
     """Metrics of the trained model on the validation and test splits.
 
     Returns:
-      metrics: `val_ce`, `test_ce` (nats per token), and for MoE from the test split: `domain_expert_mi` (mean over
-        layers of I(domain; expert), nats), `max_violation` and `max_violation_sequence`, `top_score`.
+      metrics: `val_ce`, `test_ce` (nats per token), and for MoE `val_max_violation` and from the test split:
+        `domain_expert_mi` (mean over layers of I(domain; expert), nats), `max_violation` (counts pooled over the split)
+        and `max_violation_sequence`, `top_score`.
       series: `domains`, `domain_ce` [D] (test), `domain_expert` [L][D][E] (share of a domain's assignments),
         `layer_mi` [L].
     """
@@ -79,6 +85,8 @@ def evaluate(config: RunConfig, state: TrainState, corpus: Corpus, mesh: Mesh) -
         data = eval_sequences(corpus, split, config.data.seq_len, config.eval_tokens_per_domain)
         sums, domain = collect(run, size, state, mesh, data), data["domain"]
         metrics[name] = float(sums["nll"].sum() / sums["targets"].sum())
+        if split == "validation" and "counts" in sums:
+            metrics["val_max_violation"] = pooled_violation(sums["counts"])
     by_domain = lambda x: np.stack([x[domain == d].sum(axis=0) for d in range(len(corpus.domains))])  # noqa: E731
     series: dict[str, Any] = {
         "domains": list(corpus.domains),
@@ -89,7 +97,7 @@ def evaluate(config: RunConfig, state: TrainState, corpus: Corpus, mesh: Mesh) -
         layer_mi = np.asarray(mutual_information(jnp.asarray(counts)))
         metrics |= {
             "domain_expert_mi": float(layer_mi.mean()),
-            "max_violation": float(np.mean(max_violation(jnp.asarray(counts.sum(axis=1))))),
+            "max_violation": pooled_violation(sums["counts"]),
             "max_violation_sequence": float(sums["sequence_violation"].mean()),
             "top_score": float(sums["top_score"].mean()),
         }

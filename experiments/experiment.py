@@ -1,7 +1,7 @@
 """The contract of an experiment: a folder per paper whose `experiment.py` offers `EXPERIMENT`.
 
-An arm is a whole `RunConfig`, made with `dataclasses.replace` from a recipe; a preset is a set of arms and a number of
-seeds. The shared runner (`experiments.run`) does the rest.
+An arm is a whole `RunConfig`, made with `dataclasses.replace` from a recipe, or a `Study` that trains nothing; a preset
+is a set of arms of one kind and a number of seeds. The shared runner (`experiments.run`) does the rest.
 """
 
 from __future__ import annotations
@@ -20,10 +20,21 @@ FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True)
+class Study:
+    """An arm without a network: `run(seed) -> (metrics, series for figures)`. `settings` are what it depends on."""
+
+    run: Callable[[int], tuple[dict[str, float], dict[str, Any]]]
+    settings: Mapping[str, Any]
+
+
+Arm = RunConfig | Study
+
+
+@dataclass(frozen=True)
 class Preset:
     """Arms by name, paired by seed; `claims` are those that can be judged from these arms."""
 
-    arms: Mapping[str, RunConfig]
+    arms: Mapping[str, Arm]
     seeds: int
     claims: tuple[Claim, ...]
     note: str = ""
@@ -69,6 +80,11 @@ def load(name: str) -> Experiment:
         if isinstance(error, ModuleNotFoundError) and error.name != module and not module.startswith(f"{error.name}."):
             raise  # the experiment is there, something it imports is not
         raise ValueError(f"experiment = {name!r}: expected a module with EXPERIMENT ({error})") from error
+
+
+def trained(preset: Preset) -> dict[str, RunConfig]:
+    """The arms that train a model."""
+    return {name: arm for name, arm in preset.arms.items() if isinstance(arm, RunConfig)}
 
 
 def preset_of(experiment: Experiment, name: str) -> Preset:

@@ -63,7 +63,8 @@ def preset_part(experiment: Any, path: Path, draw: bool) -> str:
         f"`python -m experiments run {content['experiment']} --preset {content['preset']}`, {made['seeds']} seeds, "
         f"{made['wall_seconds'] / 60:.1f} minutes on {hardware['cores']} cores ({hardware['cpu']}, "
         f"{hardware['devices']} x {hardware['device_kind']}), {made['date']}, Python {made['python']}, "
-        f"jax {made['packages']['jax']}, commit {commits(made['commit'])}, corpus {made['corpus_hash'][:12]}.\n",
+        f"jax {made['packages']['jax']}, commit {commits(made['commit'])}"
+        + (f", corpus {made['corpus_hash'][:12]}.\n" if "corpus_hash" in made else ".\n"),
         markdown_row(CLAIM_COLUMNS),
         "|---" * len(CLAIM_COLUMNS) + "|",
         *(markdown_row(claim_cells(row)) for row in content["claim"]),
@@ -90,9 +91,11 @@ def claim_cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def arm_cells(arms: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Column names and one row per arm: those metrics of METRICS that all arms have."""
-    columns = [key for key in METRICS if all(key in metrics for metrics in arms.values())]
-    return ["arm", *columns], [[arm, *(mean_sd(metrics[key]) for key in columns)] for arm, metrics in arms.items()]
+    """Column names and one row per arm: those metrics of METRICS that some arm has, or else all there are."""
+    held = dict.fromkeys(key for metrics in arms.values() for key in metrics)
+    columns = [key for key in METRICS if key in held] or list(held)
+    cell = lambda metrics, key: mean_sd(metrics[key]) if key in metrics else "-"  # noqa: E731
+    return ["arm", *columns], [[arm, *(cell(metrics, key) for key in columns)] for arm, metrics in arms.items()]
 
 
 def mean_sd(value: Mapping[str, Any]) -> str:

@@ -12,11 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from experiments.claims import Judged, judge, mean_std, overall, stated
+from experiments.claims import Judged, compared, judge, mean_std, overall, stated
 from experiments.config import RunConfig
 from experiments.data.corpus import open_corpus
 from experiments.dry_run import dry_run
-from experiments.experiment import Experiment, Preset, load, preset_of
+from experiments.experiment import Arm, Experiment, Preset, Study, load, preset_of, trained
 from experiments.logs import check_loggers
 from experiments.output import contents, elapsed, probe, stopwatch, write_json
 from experiments.overrides import flatten, with_overrides
@@ -58,7 +58,7 @@ def run(
     experiment = load(name)
     preset = select(preset_of(experiment, preset_name), arms, settings, seeds)
     check_loggers(loggers)
-    for config in preset.arms.values():
+    for config in trained(preset).values():
         check(config, open_corpus(config.data))
     prepare(out, experiment, preset_name, preset)
     with stopwatch(out / WALL) if is_primary() else nullcontext():
@@ -84,20 +84,30 @@ def train_all(
     """Every arm and seed that is not recorded yet, under one progress bar."""
     plan = [(arm, seed) for seed in range(preset.seeds) for arm in preset.arms]
     results = {run: result for run in plan if (result := read_result(out, *run)) is not None}
-    total = sum(preset.arms[arm].steps for arm, _ in plan)
-    done = sum(preset.arms[arm].steps for arm, _ in results)
+    length = {name: arm.steps if isinstance(arm, RunConfig) else 1 for name, arm in preset.arms.items()}
+    total = sum(length[arm] for arm, _ in plan)
+    done = sum(length[arm] for arm, _ in results)
     with Bar(title, total, done, console, shown=is_primary()) as bar:
         for arm, seed in [run for run in plan if run not in results]:
-            config = replace(preset.arms[arm], seed=seed)
             note = lambda step, _, m, what=f"{arm} seed {seed}", before=done: bar.update(  # noqa: E731
                 before + step, f"{what} step {step} loss {m['loss']:.3f}"
             )
-            result = fit(config, run_folder(out, arm, seed), progress=note, loggers=loggers, profile=profile)
+            result = run_arm(
+                preset.arms[arm], seed, run_folder(out, arm, seed), progress=note, loggers=loggers, profile=profile
+            )
             record(out, arm, seed, result, commit)
             results[arm, seed] = result
-            done += config.steps
+            done += length[arm]
             bar.update(done, f"{arm} seed {seed}")
     return results
+
+
+def run_arm(arm: Arm, seed: int, out: Path, **options: Any) -> FitResult:
+    """One arm at one seed: a training run in `out`, or a study."""
+    if isinstance(arm, RunConfig):
+        return fit(replace(arm, seed=seed), out, **options)
+    out.mkdir(parents=True, exist_ok=True)
+    return FitResult(*arm.run(seed))
 
 
 def select(preset: Preset, arms: Sequence[str], settings: Sequence[str], seeds: int | None) -> Preset:
@@ -105,21 +115,32 @@ def select(preset: Preset, arms: Sequence[str], settings: Sequence[str], seeds: 
     for arm in arms:
         require(arm in preset.arms, "arm", arm, f"one of {', '.join(preset.arms)}")
     require(seeds is None or seeds >= 1, "seeds", seeds, "at least 1")
-    kept = {arm: with_overrides(config, settings) for arm, config in preset.arms.items() if not arms or arm in arms}
-    claims = tuple(c for c in preset.claims if c.arm in kept and c.baseline in kept)
+    require(not settings or len(trained(preset)) == len(preset.arms), "--set", list(settings), "a preset that trains")
+    kept = {
+        name: with_overrides(arm, settings) if isinstance(arm, RunConfig) else arm
+        for name, arm in preset.arms.items()
+        if not arms or name in arms
+    }
+    claims = tuple(c for c in preset.claims if set(c.arms) <= kept.keys())
     return replace(preset, arms=kept, claims=claims, seeds=seeds or preset.seeds)
 
 
 def manifest(experiment: Experiment, preset_name: str, preset: Preset) -> dict[str, Any]:
     """What must be equal for `out` to be continued; more seeds and arms may be asked for later, and another mesh."""
-    configs = {
-        arm: flatten(config) | {"corpus_hash": open_corpus(config.data).content_hash}
-        for arm, config in preset.arms.items()
-    }
+    configs = {name: settings_of(arm) | corpus_of(arm) for name, arm in preset.arms.items()}
     flat = {f"{arm}.{key}": value for arm, config in configs.items() for key, value in config.items()}
     free = (".seed", ".checkpoint_every", ".mesh.data", ".mesh.fsdp", ".mesh.expert")
     kept = {key: value for key, value in flat.items() if not key.endswith(free)}
     return {"experiment": experiment.name, "preset": preset_name, **kept}
+
+
+def settings_of(arm: Arm) -> dict[str, Any]:
+    return dict(arm.settings) if isinstance(arm, Study) else flatten(arm)
+
+
+def corpus_of(arm: Arm) -> dict[str, str]:
+    """The corpus by content; nothing for a study."""
+    return {} if isinstance(arm, Study) else {"corpus_hash": open_corpus(arm.data).content_hash}
 
 
 def prepare(out: Path, experiment: Experiment, preset_name: str, preset: Preset) -> None:
@@ -182,10 +203,10 @@ def collect(
         }
     verdicts = judged(preset, arms)
     series = {arm: [results[arm, seed].series for seed in range(preset.seeds)] for arm in preset.arms}
-    configs = {arm: flatten(config) for arm, config in preset.arms.items()}
+    configs = {name: settings_of(arm) for name, arm in preset.arms.items()}
     for flat in configs.values():
-        # Where a corpus lies says nothing to others; corpus_hash says which it is.
-        flat["data.corpus"] = Path(flat["data.corpus"]).resolve().name
+        if "data.corpus" in flat:  # where a corpus lies says nothing to others; corpus_hash says which it is
+            flat["data.corpus"] = Path(flat["data.corpus"]).resolve().name
     return {
         "experiment": experiment.name,
         "preset": preset_name,
@@ -193,9 +214,9 @@ def collect(
         "arms": arms,
         "verdict": overall(verdicts) if verdicts else "no claim judged",
         "provenance": provenance()
+        | corpus_of(next(iter(preset.arms.values())))
         | {
             "commit": commits(out, preset),
-            "corpus_hash": open_corpus(next(iter(preset.arms.values())).data).content_hash,
             "seeds": preset.seeds,
             "wall_seconds": round(elapsed(out / WALL), 1),
             "config": configs,
@@ -213,7 +234,7 @@ def described(j: Judged) -> dict[str, Any]:
     return {
         "text": j.claim.text,
         "metric": j.claim.metric,
-        "compared": f"{j.claim.arm} {'/' if j.claim.kind == 'ratio' else '-'} {j.claim.baseline}",
+        "compared": compared(j.claim),
         "claimed": stated(j.claim),
         "paper": j.claim.paper,
         "measured": {"mean": j.mean, "std": j.std, "values": list(j.values)},
@@ -252,6 +273,7 @@ def arms_table(arms: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def plan_table(arms: Mapping[str, RunConfig]) -> Table:
     """`--dry-run`: every arm's step lowered on a simulated mesh, and counted."""
+    require(bool(arms), "--dry-run", "no arm that trains", "a preset that trains models")
     counts = {arm: dry_run(config) for arm, config in arms.items()}
     keys = list(next(iter(counts.values())))
     table = Table(title="dry run: nothing is trained")

@@ -226,9 +226,18 @@ def pass_loss(
 
 
 def train_step(
-    state: TrainState, batch: Batch, *, config: RunConfig, tx: optax.GradientTransformation
+    state: TrainState,
+    batch: Batch,
+    *,
+    config: RunConfig,
+    tx: optax.GradientTransformation,
+    routing_metrics: bool = True,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One optimiser step: (state, batch leaves [A, B, S + 1]) -> (state, metrics)."""
+    """One optimiser step: (state, batch leaves [A, B, S + 1]) -> (state, metrics).
+
+    `routing_metrics` is for the bench alone: False leaves pass_metrics and step_metrics out, so that the compiler drops
+    what only they need. The new state does not depend on it.
+    """
     step_key = jax.random.fold_in(state.key, state.step)
     total_targets = jnp.sum(targets_of(batch)[1])
     total_tokens = jnp.sum(batch["segment_ids"][..., :-1] > 0, dtype=jnp.float32)
@@ -252,7 +261,8 @@ def train_step(
             return prior, (grads, sums, {}, None, None), None
         size = config.balance.micro_batch_size
         size = size if stats.tokens.shape[1] % size == 0 else 1
-        sums_of = grads, sums, pass_metrics(stats, size), stats.dropped.sum(), stats.observed
+        counted = pass_metrics(stats, size) if routing_metrics else {}
+        sums_of = grads, sums, counted, stats.dropped.sum(), stats.observed
         return prior.add(stats), sums_of, group_sum(stats.counts, size)
 
     moe = config.model.moe
@@ -266,7 +276,7 @@ def train_step(
     if moe is not None and seen is not None:
         counts = counts.swapaxes(0, 1).reshape(counts.shape[1], -1, moe.num_experts)  # [L, G, E] of the whole step
         metrics |= {name: value / config.accumulation for name, value in counted.items()}
-        metrics |= step_metrics(counts.sum(axis=1), dropped)
+        metrics |= step_metrics(counts.sum(axis=1), dropped) if routing_metrics else {}
         router_state = update_router_state(moe, router_state, counts, observed)
         if config.balance.scope == "ema":
             method_state = {"balance_ema": method_state["balance_ema"].decayed(config.balance.ema_decay, seen)}
@@ -302,11 +312,16 @@ def scan_sum(
     return carry, summed, stacked
 
 
-def compile_step(config: RunConfig, tx: optax.GradientTransformation, mesh: Mesh) -> Any:
-    """The jitted step: donates the state, keeps its shardings. Call it (and lower it) under `jax.set_mesh(mesh)`."""
+def compile_step(
+    config: RunConfig, tx: optax.GradientTransformation, mesh: Mesh, *, routing_metrics: bool = True
+) -> Any:
+    """The jitted step: donates the state, keeps its shardings. Call it (and lower it) under `jax.set_mesh(mesh)`.
+
+    `routing_metrics`: see `train_step`; bench only.
+    """
     abstract = jax.eval_shape(functools.partial(init_state, config, tx))
     shardings = state_shardings(abstract, tx, mesh)
-    step = functools.partial(train_step, config=config, tx=tx)
+    step = functools.partial(train_step, config=config, tx=tx, routing_metrics=routing_metrics)
     return jax.jit(
         step, donate_argnums=0, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, None)
     )
