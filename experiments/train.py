@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -69,7 +70,8 @@ def fit(
       profile: (first, last) steps to trace with the JAX profiler into `out/profile`.
 
     Raises:
-      ValueError: bad input, before anything is compiled or written.
+      ValueError: bad input, before anything is compiled or written; or a loss or gradient that is not finite, after its
+        line is written. The step is not saved.
       KeyboardInterrupt: after Ctrl-C, once the state is saved.
     """
     total = config.steps if steps is None else steps
@@ -208,7 +210,8 @@ def loop(
 ) -> tuple[TrainState, list[float]]:
     """Runs steps up to `total` or until asked to stop. Metrics of step n are fetched after step n + 1 is dispatched, so
     the device never waits; before a save they are written first, so no line of a saved step can be missing.
-    Raises KeyboardInterrupt once the state is saved if any process was asked to stop."""
+    Raises KeyboardInterrupt once the state is saved if any process was asked to stop; ValueError, without saving the
+    step, if its loss or gradient is not finite."""
     pending: tuple[int, dict[str, Any]] | None = None
     times: list[float] = []
     mark, tracing = time.perf_counter(), False
@@ -226,6 +229,10 @@ def loop(
             sink.log(step, values)
         if progress:
             progress(step, total, values)
+        for name in ("loss", "grad_norm"):  # top_k hides a NaN score, these do not
+            if not math.isfinite(values[name]):
+                found = f"{name} = {values[name]} at step {step}"
+                raise ValueError(f"{found}: expected a finite number; the last checkpoint is kept")
 
     step, stopping = int(state.step), False
     while step < total:

@@ -15,7 +15,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from kernels.grouped_ffn import Activation, Implementation, grouped_ffn
-from moe.config import MoEConfig
+from moe.config import MoEConfig, require
 from moe.routing import RouterOutput
 from parallel import exchange
 from parallel.mesh import AXES, expert_axis_size, on_shards
@@ -112,6 +112,7 @@ def dispatch(x: Array, routing: RouterOutput, experts: ExpertParams, local: Disp
 
     x [T, d] and the routing are split over all axes, experts over `expert` (and gathered over `fsdp` on entry).
     """
+    require(x.shape[0] >= 1, "num_tokens", x.shape[0], "at least one token")
     inner: Dispatcher = Exchange(local) if expert_axis_size() > 1 else local
 
     def shard(x: Array, indices: Array, weights: Array, valid: Array, experts: ExpertParams) -> Array:

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from kernels.grouped_ffn import is_gated
-from moe.config import MoEConfig
+from moe.config import MoEConfig, require
 from moe.dispatch import ExpertParams, dispatch, make_dispatcher
 from moe.losses import RoutingStats, routing_stats
 from moe.policies import make_policy
-from moe.routing import drop_padding, make_router
+from moe.routing import Router, drop_padding, make_router
 
 
 def swiglu(x: Array, gate_up: Array, down: Array) -> Array:
@@ -80,6 +80,18 @@ class SharedExpert(nn.Module):
         return jax.nn.sigmoid(x @ gate.astype(x.dtype)) * out
 
 
+def require_state(router: Router, state: Any) -> None:
+    """ValueError unless `state` has the leaves and shapes of `router.init_state()`: a bias of one number, or of another
+    layer stacked on top, would broadcast in silence."""
+    shapes = lambda tree: {  # noqa: E731
+        f"router_state {jax.tree_util.keystr(path, simple=True, separator='.')}.shape": jnp.shape(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    got, wanted = shapes(state), shapes(router.init_state())
+    for name in wanted | got:
+        require(got.get(name) == wanted.get(name), name, got.get(name), str(wanted.get(name)))
+
+
 class MoELayer(nn.Module):
     """1. logits = x W_r in float32; 2. the router chooses and weighs; 3. padding is dropped, and what the token policy
     drops; 4. the dispatcher runs the experts; 5. the shared expert, which needs none of this, is added. Balance losses
@@ -102,6 +114,7 @@ class MoELayer(nn.Module):
 
         flat = x.reshape(b * s, d)
         router = make_router(cfg)
+        require_state(router, router_state)
         router_input = getattr(router, "router_input", None)
         seen = flat.astype(jnp.float32)
         seen = seen if key is None or router_input is None else router_input(seen, jax.random.fold_in(key, 0))

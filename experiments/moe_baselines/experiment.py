@@ -10,7 +10,7 @@ Result:    see REPRODUCTIONS.md, generated from results/.
 Protocol, fixed beforehand: same data order and tokens per seed, 200 steps; 16 experts of width 96, 2 active, against a
 dense FFN of width 192 (routers that take one expert: 8 experts of width 192). `balanced` is the global balance loss at
 Switch's weight 0.01. Sizes are those of the project's own plan: 0.02 nats, max violations 3 and 0.3. Nothing is tuned
-per router: each has its paper's options, where a number depends on the length of a run the default of its file.
+per router: each has its paper's options; loss-free ones the step size that experiment alf-lb chose for this length.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import recipes
+from experiments.alf_lb.experiment import STEP
 from experiments.claims import Claim
 from experiments.config import BalanceConfig, RunConfig
 from experiments.experiment import Experiment, Preset
@@ -70,7 +71,9 @@ def every_router(base: RunConfig) -> dict[str, RunConfig]:
     return {
         "deepseek_v2": routed(base, "group_limited(groups=4, kept_groups=2)"),
         "deepseek_v3": routed(
-            base, "loss_free(step_size=1e-2, groups=4, kept_groups=2, group_score='top2', renormalize=True)", UNBALANCED
+            base,
+            f"loss_free(step_size={STEP}, groups=4, kept_groups=2, group_score='top2', renormalize=True)",
+            UNBALANCED,
         ),
         "gpt_oss": routed(base, "learned_bias"),
         "llama4": top_one(base, "sigmoid_input"),
@@ -83,8 +86,8 @@ def every_router(base: RunConfig) -> dict[str, RunConfig]:
         "hash": routed(base, f"hash(vocab_size={vocab})", UNBALANCED),
         "remoe": routed(base, "remoe", REMOE),
         "top_p": routed(base, "top_p(p=0.4, entropy_weight=1e-3)"),
-        "loss_free": routed(base, "loss_free(step_size=1e-2)", UNBALANCED),
-        "proportional": routed(base, "loss_free(step_size=1e-2, rule='proportional')", UNBALANCED),
+        "loss_free": routed(base, f"loss_free(step_size={STEP})", UNBALANCED),
+        "proportional": routed(base, f"loss_free(step_size={STEP}, rule='proportional')", UNBALANCED),
         "quantile": routed(base, "loss_free(rule='quantile')", UNBALANCED),
         "random": routed(base, "random", UNBALANCED),
         "uniform": routed(base, "uniform", UNBALANCED),
@@ -125,9 +128,9 @@ def cpu() -> Preset:
 
 
 def cpu_long() -> Preset:
-    """Every router of moe/routers at equal budget."""
+    """Every router of moe/routers at equal budget, one seed."""
     made = base()
-    return Preset(table(made) | every_router(made), seeds=2, claims=(*claims(), *balancing_claims()))
+    return Preset(table(made) | every_router(made), seeds=1, claims=(*claims(), *balancing_claims()))
 
 
 def gpu() -> Preset:

@@ -12,10 +12,23 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.config import BalanceConfig, MeshConfig, RunConfig
+from experiments.config import BalanceConfig, MeshConfig, OptimizerConfig, RunConfig
+from experiments.data.corpus import open_corpus
+from experiments.evaluate import evaluate, sequence_sums
 from experiments.recipes import smoke
-from experiments.step import batch_sharding, compile_step, init_state, make_optimizer, state_shardings, targets_of
+from experiments.step import (
+    batch_sharding,
+    compile_step,
+    forward,
+    init_state,
+    make_optimizer,
+    state_shardings,
+    summed_cross_entropy,
+    targets_of,
+)
+from experiments.train import restore_or_init
 from moe.config import ModelConfig, MoEConfig
+from parallel.checkpoint import Checkpoints
 from parallel.mesh import make_mesh
 
 MOE = MoEConfig(num_experts=8, top_k=2, expert_dim=8)
@@ -108,6 +121,181 @@ def test_prefix_differs_from_exact_only_under_accumulation():
         assert_close(many, exact)
 
 
+def by_device(config: RunConfig, batch, devices):
+    """(gradients, balance loss) of one step, each device's part of each pass on its own: a loop, on one device. With
+    f of that part, L = sum_d E sum_i f_di (sum of p)_di / tokens of the step, mean over layers."""
+    one = replace(config, mesh=MeshConfig())
+    rows = config.batch_size // config.accumulation // devices
+    parts = {name: leaf.reshape(-1, rows, leaf.shape[-1]) for name, leaf in batch.items()}
+    targets = targets_of(batch)[1].sum()
+    tokens = (batch["segment_ids"][..., :-1] > 0).sum()
+
+    def loss(params):
+        def part_of(part):
+            out = forward(one, params, part, {}, None)
+            counts, probs = out.stats.counts.sum(axis=1), out.stats.prob_sums.sum(axis=1)  # [L, E]
+            f = counts / (MOE.top_k * out.stats.tokens.sum(axis=1, keepdims=True))
+            balance = MOE.num_experts * jnp.sum(f * probs) / (one.model.num_moe_layers * tokens)
+            z = out.stats.z_sums.sum() / (one.model.num_moe_layers * tokens)
+            ce = summed_cross_entropy(out, *targets_of(part)) / targets
+            return ce + one.balance.weight * balance + one.balance.z_weight * z, balance
+
+        losses, balance = jax.lax.map(part_of, parts)
+        return losses.sum(), balance.sum()
+
+    params = jax.jit(lambda: init_state(one, optax.sgd(1.0)).params)()
+    grads, balance = jax.jit(jax.grad(loss, has_aux=True))(params)
+    return jax.device_get(grads), float(balance)
+
+
+@pytest.mark.parametrize(("mesh", "accumulation"), [((2, 2, 2), 1), ((2, 1, 2), 2)], ids=str)
+def test_device_scope_is_each_device_alone(mesh, accumulation):
+    """Two sequences a device and pass: neither `sequence` nor the whole batch."""
+    devices = int(np.prod(mesh))
+    balance = replace(BASE.balance, scope="device")
+    config = replace(BASE, batch_size=2 * devices * accumulation, accumulation=accumulation, balance=balance)
+    grads, metrics = gradient_step(config, batch_of(config), mesh)
+    expected, value = by_device(config, batch_of(config), devices)
+    assert metrics["balance_loss"] == pytest.approx(value, rel=1e-5)
+    assert_close(grads, expected)
+
+
+def trajectory(config: RunConfig, steps, mesh_shape=(1, 1, 1), tx=None):
+    """[(state before, metrics, state after)] on the host, over `steps` batches of their own."""
+    config = replace(config, mesh=MeshConfig(*mesh_shape))
+    mesh, tx = make_mesh(*mesh_shape), tx or make_optimizer(config.optimizer, config.steps)
+    host = lambda state: jax.device_get(replace(state, key=jax.random.key_data(state.key)))  # noqa: E731
+    seen = []
+    with jax.set_mesh(mesh):
+        init = functools.partial(init_state, config, tx)
+        state = jax.jit(init, out_shardings=state_shardings(jax.eval_shape(init), tx, mesh))()
+        step = compile_step(config, tx, mesh)
+        for i in range(steps):
+            before = host(state)
+            state, metrics = step(state, jax.device_put(batch_of(config, seed=i), batch_sharding(mesh)))
+            seen.append((before, jax.device_get(metrics), host(state)))
+    return seen
+
+
+def routed(config: RunConfig):
+    """The statistics [L, B, ...] of a whole step, from its state before and its number, in one pass on one device."""
+    run = jax.jit(lambda params, batch, state: forward(config, params, batch, state, None).stats)
+
+    def stats(before, step):
+        batch = {name: leaf.reshape(-1, leaf.shape[-1]) for name, leaf in batch_of(config, seed=step).items()}
+        return jax.device_get(run(before.params, batch, before.router_state))
+
+    return stats
+
+
+@pytest.mark.parametrize(
+    ("decay", "accumulation", "mesh"), [(0.75, 1, (1, 1, 1)), (0.75, 2, (1, 1, 1)), (0.0, 2, (2, 1, 2))], ids=str
+)
+def test_ema_scope_uses_the_counts_of_earlier_steps_alone(decay, accumulation, mesh):
+    """c <- decay c + c_step, T likewise; step n is balanced by f = c / (k T) of the steps before it, the first by none.
+    A decay of 0 leaves the step before."""
+    balance = replace(BASE.balance, scope="ema", ema_decay=decay)
+    config = replace(BASE, balance=balance, accumulation=accumulation)
+    counts, tokens, stats_at, last = np.zeros((2, MOE.num_experts)), np.zeros(2), routed(config), None
+    for step, (before, metrics, after) in enumerate(trajectory(config, 3, mesh)):
+        stats = stats_at(before, step)
+        f = counts / (MOE.top_k * np.maximum(tokens, 1.0)[:, None])
+        if last is not None and decay == 0:
+            np.testing.assert_allclose(f, last.counts.sum(axis=1) / (MOE.top_k * last.tokens.sum(axis=1))[:, None])
+        expected = MOE.num_experts * (f * stats.prob_sums.sum(axis=1)).sum() / stats.tokens.sum()
+        assert metrics["balance_loss"] == pytest.approx(expected, rel=1e-5)
+        assert (metrics["balance_loss"] == 0.0) == (step == 0)
+        counts = decay * counts + stats.counts.sum(axis=1)
+        tokens = decay * tokens + stats.tokens.sum(axis=1)
+        ema = after.method_state["balance_ema"]
+        np.testing.assert_array_equal(ema.counts, counts)  # whole numbers and powers of two: exact
+        np.testing.assert_array_equal(ema.tokens, tokens)
+        last = stats
+
+
+LOSS_FREE = "loss_free(step_size=0.0078125)"  # 2^-7: every sum below is exact in float32
+HARD_ON_PARAMETERS = OptimizerConfig(learning_rate=0.05, warmup_steps=1, weight_decay=10.0, clip_norm=1e-3)
+
+
+def loss_free(router=LOSS_FREE, **changes):
+    model = replace(BASE.model, moe=replace(MOE, router=router))
+    return replace(BASE, model=model, optimizer=HARD_ON_PARAMETERS, **changes)
+
+
+def next_bias(bias, groups):
+    """One sign update, u = 2^-7, in float64: bias [L, E], groups [L, G, E] (a single one: global counts)."""
+    error = np.sign(groups.mean(axis=-1, keepdims=True) - groups).mean(axis=1)
+    new = bias + 2.0**-7 * error
+    return new - new.mean(axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "mesh"), [(1, (1, 1, 1)), (2, (1, 1, 1)), (1, (2, 2, 2)), (2, (2, 1, 2))], ids=str
+)
+def test_loss_free_bias_follows_the_counts_of_the_whole_step_and_nothing_else(accumulation, mesh):
+    """Bit for bit, under an optimiser whose decay and clipping would show."""
+    config = loss_free(accumulation=accumulation)
+    stats_at = routed(config)
+    for step, (before, _, after) in enumerate(trajectory(config, 2, mesh)):
+        counts = stats_at(before, step).counts.sum(axis=1, keepdims=True).astype(np.float64)
+        expected = next_bias(before.router_state["bias"].astype(np.float64), counts)
+        np.testing.assert_array_equal(after.router_state["bias"], expected)
+        assert np.abs(expected).max() > 0
+        np.testing.assert_array_equal(after.router_state["updates"], step + 1)
+        paths = [
+            jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path((after.params, after.opt_state))
+        ]
+        assert not any("bias" in path for path in paths)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_loss_free_local_pool_is_the_mean_over_micro_batches(accumulation):
+    """Micro-batches of two sequences, whatever the accumulation."""
+    router = LOSS_FREE.replace(")", ", pool='local')")
+    config = loss_free(router, accumulation=accumulation, balance=replace(BASE.balance, micro_batch_size=2))
+    ((before, _, after),) = trajectory(config, 1)
+    counts = routed(config)(before, 0).counts.astype(np.float64)  # [L, B, E]
+    groups = counts.reshape(2, -1, 2, MOE.num_experts).sum(axis=2)
+    np.testing.assert_array_equal(after.router_state["bias"], next_bias(np.zeros((2, MOE.num_experts)), groups))
+    whole = next_bias(np.zeros((2, MOE.num_experts)), counts.sum(axis=1, keepdims=True))
+    assert (after.router_state["bias"] != whole).any()
+
+
+def test_evaluation_uses_the_frozen_bias_and_does_not_move_it():
+    config = loss_free(eval_tokens_per_domain=64)
+    mesh = make_mesh()
+    with jax.set_mesh(mesh):
+        state = jax.jit(functools.partial(init_state, config, make_optimizer(config.optimizer, config.steps)))()
+        bias = jnp.zeros((2, MOE.num_experts)).at[:, 3].set(9.0).at[:, 5].set(9.0)  # scores are below 1
+        state = replace(state, router_state=state.router_state | {"bias": bias})
+        batch = {name: leaf[0] for name, leaf in batch_of(config).items()}
+        counts = sequence_sums(state.params, batch, state.router_state, config=config)["counts"].sum(axis=0)
+        tokens = float((batch["segment_ids"][:, :-1] > 0).sum())
+        np.testing.assert_array_equal(counts, np.isin(np.arange(MOE.num_experts), (3, 5)) * np.full((2, 1), tokens))
+        metrics, series = evaluate(config, state, open_corpus(config.data), mesh)
+    np.testing.assert_array_equal(np.asarray(series["domain_expert"])[..., [3, 5]], 0.5)
+    assert metrics["max_violation"] == pytest.approx(MOE.num_experts / MOE.top_k - 1)
+    np.testing.assert_array_equal(state.router_state["bias"], bias)
+    np.testing.assert_array_equal(state.router_state["updates"], 0)
+
+
+def test_ema_and_biases_survive_a_checkpoint_bit_for_bit(tmp_path):
+    config = loss_free(balance=replace(BASE.balance, scope="ema"))
+    mesh, tx = make_mesh(), make_optimizer(config.optimizer, config.steps)
+    with jax.set_mesh(mesh), Checkpoints(tmp_path / "checkpoints") as saved:
+        state = restore_or_init(config, tx, mesh, saved)
+        state, _ = compile_step(config, tx, mesh)(state, batch_of(config))
+        saved.save(1, state)
+        again = restore_or_init(config, tx, mesh, saved)
+    assert float(state.method_state["balance_ema"].counts.sum()) > 0
+    assert float(jnp.abs(state.router_state["bias"]).sum()) > 0
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    for (path, old), new in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(again)):
+        old, new = (jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in (old, new))
+        assert old.dtype == new.dtype
+        assert np.asarray(old).tobytes() == np.asarray(new).tobytes(), jax.tree_util.keystr(path)
+
+
 def test_padding_and_first_tokens_of_documents_are_not_targets():
     batch = batch_of(BASE)
     _, weights = targets_of(batch)
@@ -122,8 +310,6 @@ def test_padding_and_first_tokens_of_documents_are_not_targets():
 
 
 def step_hlo(mesh_shape, forward_only):
-    from experiments.step import forward  # the model alone
-
     config = replace(BASE, mesh=MeshConfig(*mesh_shape))
     mesh, tx = make_mesh(*mesh_shape), optax.sgd(1.0)
     with jax.set_mesh(mesh):

@@ -21,7 +21,8 @@ from moe.routers.softmax_topk import make
 from moe.routing import drop_padding
 
 L, B, S, E, K = 2, 8, 6, 8, 2
-SCOPES = ["sequence", "microbatch", "global_prefix", "global_exact"]
+SCOPES = ["sequence", "microbatch", "device", "global_prefix", "global_exact", "ema"]
+GROUP = {"sequence": 1, "microbatch": 2, "device": 4}  # sequences that share one f; the other scopes have one f for all
 
 
 def stats_of(logits, token_valid=None, k=K, kept=None):
@@ -41,10 +42,19 @@ def random_logits(seed=0, shape=(L, B, S, E), scale=2.0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape, scale=scale), jnp.float32)
 
 
-def loss(stats, scope, total, k=K, mb=2, **kwargs):
+def frequency_of(stats, k=K):
+    """[L, 1, E]: f of all tokens."""
+    return selection_frequency(stats.balance_counts.sum(axis=1), stats.tokens.sum(axis=1), k)[:, None]
+
+
+def loss(stats, scope, total, k=K, mb=None, **kwargs):
+    """Unless they are given, `ema` gets the f that steps like this one leave behind, `global_prefix` an empty prior."""
     layers, _, experts = stats.prob_sums.shape
     kwargs.setdefault("prior", BalancePrior.zeros(layers, experts))
-    return scoped_balance_loss(stats, scope, top_k=k, total_tokens=total, group_size=mb, **kwargs)
+    if scope == "ema":
+        kwargs.setdefault("frequency", frequency_of(stats, k))
+    size = GROUP.get(scope, 1) if mb is None else mb
+    return scoped_balance_loss(stats, scope, top_k=k, total_tokens=total, group_size=size, **kwargs)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -53,7 +63,7 @@ def test_uniform_probabilities_and_balanced_choices_give_one(scope, k):
     tokens = E  # per sequence: each expert is chosen k times
     counts = jnp.full((1, B, E), float(k))
     uniform = stats_of(jnp.zeros((1, B, tokens, E)), k=k)
-    stats = uniform.replace(counts=counts)
+    stats = uniform.replace(counts=counts, balance_counts=counts)
     assert loss(stats, scope, B * tokens, k) == pytest.approx(1.0, abs=1e-6)
 
 
@@ -100,38 +110,53 @@ def test_permuting_sequences_changes_micro_but_not_global():
     assert abs(float(loss(a, "microbatch", B * S) - loss(b, "microbatch", B * S))) > 1e-4
 
 
-@pytest.mark.parametrize("scope", ["microbatch", "global_exact"])
+@pytest.mark.parametrize("scope", SCOPES)
 def test_gradient_matches_the_closed_form(scope):
-    """d L / d logits_t = (E / T) s_t (f - <f, s_t>) with the f of the token's group, over L layers' mean."""
+    """d L / d logits_t = (E / T) s_t (f - <f, s_t>) with the f of the token's group, over L layers' mean; for `ema`
+    with the f of earlier steps."""
     logits = random_logits()
-    grad = jax.grad(lambda z: loss(stats_of(z), scope, B * S))(logits)
+    earlier = frequency_of(stats_of(random_logits(seed=9)))
+    given = {"frequency": earlier} if scope == "ema" else {}
+    grad = jax.grad(lambda z: loss(stats_of(z), scope, B * S, **given))(logits)
     stats, s = stats_of(logits), jax.nn.softmax(logits)
-    size = 2 if scope == "microbatch" else B
+    size = GROUP.get(scope, B)
     f = jnp.repeat(selection_frequency(group_sum(stats.counts, size), group_sum(stats.tokens, size), K), size, axis=1)
-    f = f[:, :, None]
+    f = (jnp.broadcast_to(earlier, f.shape) if scope == "ema" else f)[:, :, None]
     expected = E / (B * S) / L * s * (f - jnp.sum(f * s, axis=-1, keepdims=True))
     np.testing.assert_allclose(grad, expected, atol=1e-7)
 
 
 def accumulate(logits, passes, scope):
-    """Sum of the scope's shares over accumulation passes, as the train step forms it."""
+    """Sum of the scope's shares over accumulation passes, as the train step forms it; `ema` knows an earlier step."""
     parts = jnp.split(logits, passes, axis=1)
     every = stats_of(logits)
     layers, _, experts = every.prob_sums.shape
     prior, total = BalancePrior.zeros(layers, experts), 0.0
-    exact = selection_frequency(every.counts.sum(1), every.tokens.sum(1), K)[:, None]
+    known = {"global_exact": every, "ema": stats_of(random_logits(seed=9))}
+    frequency = frequency_of(known[scope]) if scope in known else None
     for part in parts:
         stats = stats_of(part)
-        total += loss(stats, scope, B * S, prior=prior, frequency=exact if scope == "global_exact" else None)
+        total += loss(stats, scope, B * S, prior=prior, frequency=frequency)
         prior = prior.add(stats)
     return total
 
 
-@pytest.mark.parametrize("passes", [1, 2, 4])
-def test_global_exact_is_the_same_under_any_accumulation(passes):
+@pytest.mark.parametrize(
+    ("scope", "passes"),
+    [
+        (scope, passes)
+        for scope in SCOPES
+        if scope != "global_prefix"
+        for passes in (2, 4)
+        if (scope, passes) != ("device", 4)
+    ],
+)
+def test_accumulation_changes_no_scope_but_the_prefix(scope, passes):
+    """As long as a pass holds whole groups: what one device holds of a pass shrinks with the passes."""
     logits = random_logits()
-    value, grad = jax.value_and_grad(lambda z: accumulate(z, passes, "global_exact"))(logits)
-    expected, expected_grad = jax.value_and_grad(lambda z: loss(stats_of(z), "global_exact", B * S))(logits)
+    value, grad = jax.value_and_grad(lambda z: accumulate(z, passes, scope))(logits)
+    given = {"frequency": frequency_of(stats_of(random_logits(seed=9)))} if scope == "ema" else {}
+    expected, expected_grad = jax.value_and_grad(lambda z: loss(stats_of(z), scope, B * S, **given))(logits)
     assert float(value) == pytest.approx(float(expected), rel=1e-6)
     np.testing.assert_allclose(grad, expected_grad, atol=1e-8)
 
@@ -158,7 +183,7 @@ def test_padding_equals_the_batch_without_it(scope):
     mask = jnp.arange(S)[None, :] < jnp.asarray(lengths)[:, None]
     total = float(lengths.sum())
     got = loss(stats_of(logits, mask), scope, total)
-    size = {"sequence": 1, "microbatch": 2}.get(scope, B)
+    size = GROUP.get(scope, B)
     expected = 0.0
     for start in range(0, B, size):
         rows = np.concatenate([np.asarray(logits[0, i, : lengths[i]]) for i in range(start, start + size)])
@@ -211,10 +236,27 @@ def test_bad_scope_and_missing_inputs_are_named():
         loss(stats, "global_prefix", 1.0, prior=None)
     with pytest.raises(ValueError, match="frequency"):
         loss(stats, "shuffle_micro", 1.0)
+    with pytest.raises(ValueError, match=r"frequency = None.*scope ema"):
+        loss(stats, "ema", 1.0, frequency=None)
     with pytest.raises(ValueError, match="micro_batch_size = 3"):
         loss(stats, "microbatch", 1.0, mb=3)
     with pytest.raises(ValueError, match="frequency.dtype"):
         balance_loss(jnp.ones((1, 1, E), jnp.bfloat16), jnp.ones((1, 1, E)), 1.0)
+
+
+def test_ema_is_the_ratio_of_decayed_counts_and_starts_at_nothing():
+    """Over unequal steps: sum_n decay^n c_n / (k sum_n decay^n T_n), a mean weighted by tokens, without bias."""
+    decay, seen = 0.75, BalancePrior.zeros(L, E)
+    none_yet = selection_frequency(seen.counts, seen.tokens, K)[:, None]
+    assert float(loss(stats_of(random_logits()), "ema", B * S, frequency=none_yet)) == 0.0
+    counts, tokens = np.zeros((L, E)), 0.0
+    for step, rows in enumerate((8, 2, 5)):
+        stats = stats_of(random_logits(seed=step), jnp.arange(B)[:, None] < jnp.full((1, S), rows))
+        seen = seen.decayed(decay, BalancePrior.zeros(L, E).add(stats))
+        counts, tokens = decay * counts + np.asarray(stats.counts.sum(1), np.float64), decay * tokens + rows * S
+    f = selection_frequency(seen.counts, seen.tokens, K)
+    np.testing.assert_allclose(f, counts / (K * tokens), rtol=1e-6)
+    np.testing.assert_allclose(f.sum(axis=-1), 1.0, rtol=1e-6)
 
 
 def test_every_pair_of_scopes_differs_on_uneven_data():
