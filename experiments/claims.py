@@ -129,7 +129,7 @@ def _compare(kind: Kind, ours: float, theirs: float) -> float:
 def _threshold(claim: Claim) -> float:
     if claim.kind == "ratio":
         return claim.size if claim.direction == "higher" else 1.0 / claim.size
-    return claim.size if claim.kind == "value" or claim.direction == "higher" else -claim.size
+    return claim.size if claim.kind == "value" or claim.direction == "higher" else 0.0 - claim.size  # -0.0 would show
 
 
 def _beyond(claim: Claim, value: float, bound: float, *, strict: bool) -> bool:

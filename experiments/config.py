@@ -3,11 +3,10 @@ a variant is `dataclasses.replace` on another recipe."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from moe.config import BalanceScope, ModelConfig, require
-from moe.policies import make_policy
-from moe.routing import make_router
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,10 @@ class BalanceConfig:
     device_limit: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("weight", "z_weight", "importance_weight", "device_weight", "communication_weight"):
+            value = getattr(self, name)
+            require(0.0 <= value < math.inf, f"balance.{name}", value, "a finite number, 0 or more")
+        require(self.micro_batch_size >= 1, "balance.micro_batch_size", self.micro_batch_size, "at least 1")
         require(0.0 <= self.ema_decay < 1.0, "balance.ema_decay", self.ema_decay, "at least 0 and below 1")
         require(self.devices >= 1, "balance.devices", self.devices, "at least 1")
         limits = f"1 <= device_limit <= devices = {self.devices}"
@@ -85,6 +88,10 @@ class MeshConfig:
     data: int = 1
     fsdp: int = 1
     expert: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("data", "fsdp", "expert"):
+            require(getattr(self, name) >= 1, f"mesh.{name}", getattr(self, name), "at least 1")
 
     @property
     def devices(self) -> int:
@@ -167,5 +174,8 @@ class RunConfig:
                 self.balance.scope,
                 "sequence, microbatch, device, or global_exact with accumulation = 1, for losses of expert groups",
             )
+            from moe.policies import make_policy  # they need JAX, looking around does not
+            from moe.routing import make_router
+
             make_router(self.model.moe)
             make_policy(self.model.moe)

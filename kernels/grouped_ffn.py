@@ -381,7 +381,7 @@ def grouped_ffn(
 
     Args:
       x: [T, d], float32 or bfloat16; products run in its dtype, parameter gradients accumulate in float32.
-      indices: [T, K] int, experts; a token's K valid experts are distinct. Ignored where not valid.
+      indices: [T, K] int, experts; a token's K valid experts are distinct. Ids that are no expert's are not valid.
       weights: [T, K] float, combine weights.
       valid: [T, K] bool; False drops the assignment, which then costs nothing.
       gate_up: [E, d, 2f], gate half first; for `relu` and `gelu`, which have no gate, [E, d, f] under the same name.
@@ -407,6 +407,7 @@ def grouped_ffn(
     require_choice("implementation", implementation, ("auto", "blocks", "ragged_dot", "reference"))
     sizes = (block_size,) if block_size else automatic_block_sizes(indices.size, gate_up.shape[0])
     options = _Options(sizes, scale_on, activation, implementation)
+    valid = valid & (indices >= 0) & (indices < gate_up.shape[0])
     run = _reference if implementation == "reference" else _grouped
     return run(options, x, indices, weights, valid, experts)
 

@@ -258,7 +258,7 @@ def device_stats(stats: RoutingStats, devices: int) -> RoutingStats:
 def communication_stats(stats: RoutingStats, devices: int) -> RoutingStats:
     """As `device_stats`, but a token counts once for every device it is sent to: DeepSeek-V2's communication loss
     (2405.04434, Eqs. 29-31) is its balance loss with M, the devices a token may reach, for k."""
-    local = stats.counts.shape[-1] // devices
-    sent = jnp.any(stats.indices[..., None] // local == jnp.arange(devices), axis=-2)  # invalid is E: no device
+    grouped, local = device_stats(stats, devices), stats.counts.shape[-1] // devices
+    sent = jnp.any(jax.nn.one_hot(stats.indices // local, devices, dtype=bool), axis=-2)  # invalid is E: no device
     counts = jnp.sum(sent, axis=-2, dtype=jnp.float32)
-    return replace(device_stats(stats, devices), counts=counts, balance_counts=counts)
+    return replace(grouped, counts=counts, balance_counts=counts)

@@ -22,12 +22,12 @@ def draw(content: dict[str, Any], path: Path) -> None:
     load_ax.set_yscale("log")
     load_ax.set_ylabel("max violation of a training batch")
     load_ax.axhline(0.3, color="black", linewidth=1, linestyle=":")
-    load_ax.legend(fontsize=10)
     load_ax.set_title("median over seeds, mean over layers")
     curves(loss_ax, series, "loss", colours)
     low = min(min(run["loss"]) for runs in series.values() for run in runs)
     loss_ax.set_ylim(low - 0.05, max(run["loss"][len(run["loss"]) // 5] for runs in series.values() for run in runs))
     loss_ax.set_ylabel("training loss (nats per byte)")
+    loss_ax.legend()
     palette = [colours[name] for name in names]
     dots(end_ax, names, [arms[name]["max_violation"]["values"] for name in names], palette)
     end_ax.set_xlabel("max violation, counts pooled over the test split")

@@ -292,6 +292,7 @@ def test_regret_is_logarithmic_for_c_over_n_and_linear_for_a_constant_sign_step(
     assert at["sign_1e-2"][2] / at["sign_1e-2"][1] > 2
     late = {name: values[2] - values[1] for name, values in at.items()}
     assert 0 < late["c_over_n"] < late["c_over_sqrt_n"] < late["sign_1e-2"]
+    # Those ratios hold the cost of the start: over ten other streams the sign rule's is 1.4 to 2.8. Increments do not.
     # From 1000 to 4000 against 250 to 1000: 4 if regret is linear, 2 if it goes as sqrt(n), 1 if as log(n).
     middle = {name: values[1] - values[0] for name, values in at.items()}
     assert late["sign_1e-2"] / middle["sign_1e-2"] == pytest.approx(4, rel=0.1)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe import losses
 from moe.losses import (
+    communication_stats,
     device_stats,
     importance_loss,
     routing_stats,
@@ -19,11 +19,6 @@ from moe.routing import drop_padding, token_choice
 L, B, S, E, K = 2, 6, 5, 8, 2
 LENGTHS = np.array([5, 2, 4, 1, 5, 3])
 MASK = jnp.arange(S)[None, :] < jnp.asarray(LENGTHS)[:, None]
-
-
-@jax.numpy_rank_promotion("allow")
-def communication_stats(stats, devices):
-    return losses.communication_stats(stats, devices)
 
 
 def stats_of(logits, mask=None, k=K, router=None, state=None):
