@@ -55,7 +55,8 @@ def plan_exchange(indices: Array, valid: Array, *, num_experts: int, axis: str) 
     num_tokens, top_k = indices.shape
     capacity, total = rows_per_peer(num_tokens, top_k, local), num_tokens * top_k
 
-    expert = jnp.where(valid, indices, num_experts).reshape(total)
+    known = valid & (indices >= 0) & (indices < num_experts)
+    expert = jnp.where(known, indices, num_experts).reshape(total)
     order = jnp.argsort(expert, stable=True).astype(jnp.int32)
     rank = jnp.zeros((total,), jnp.int32).at[order].set(jnp.arange(total, dtype=jnp.int32))
     counts = jnp.sum(jax.nn.one_hot(expert, num_experts, dtype=jnp.int32), axis=0)
