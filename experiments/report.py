@@ -91,10 +91,13 @@ def claim_cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def arm_cells(arms: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Column names and one row per arm: those metrics of METRICS that some arm has, or else all there are."""
+    """Column names and one row per arm: those metrics of METRICS that some arm has. Arms that have none (studies) are
+    the columns instead, and all their metrics the rows."""
     held = dict.fromkeys(key for metrics in arms.values() for key in metrics)
-    columns = [key for key in METRICS if key in held] or list(held)
     cell = lambda metrics, key: mean_sd(metrics[key]) if key in metrics else "-"  # noqa: E731
+    columns = [key for key in METRICS if key in held]
+    if not columns:
+        return ["metric", *arms], [[key, *(cell(metrics, key) for metrics in arms.values())] for key in held]
     return ["arm", *columns], [[arm, *(cell(metrics, key) for key in columns)] for arm, metrics in arms.items()]
 
 

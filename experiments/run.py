@@ -264,8 +264,8 @@ def wide_console() -> Console:
 def arms_table(arms: Mapping[str, Mapping[str, Any]]) -> Table:
     columns, rows = arm_cells(arms)
     table = Table(title="arms: mean ± sd over seeds")
-    for key in columns:
-        table.add_column(key, justify="left" if key == "arm" else "right")
+    for i, key in enumerate(columns):
+        table.add_column(key, justify="right" if i else "left")
     for row in rows:
         table.add_row(*row)
     return table

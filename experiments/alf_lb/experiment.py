@@ -5,8 +5,11 @@ Claim:     a selection bias moved by past loads balances experts without a loss:
            assignment problem (preset `theory`), and in training loads end near their target at no cost in loss; the
            pool over which loads are counted matters more than the rule.
 Command:   python -m experiments run alf-lb --preset cpu          (and --preset theory, --preset step-size)
-Time:      9 minutes on 2 cores; theory 2, step-size 4.
-Result:    see REPRODUCTIONS.md, generated from results/.
+Time:      9 minutes on 2 cores; theory 1, step-size 4.
+Result:    cpu, 2 seeds: max violation loss_free_global / none 0.063x (claimed <= 1/3: holds), 0.18 (<= 0.3: holds); CE
+           against aux +0.0033 nats and against local loads +0.0041 (inconclusive). theory, 3 seeds: identity,
+           preference, balance, duality and c/n regret hold, the growth of a constant step's regret is inconclusive.
+           Everything else in REPRODUCTIONS.md, generated from results/.
 
 Protocol, fixed beforehand: same initial weights and data order per seed, same tokens, dropless, sigmoid scores that
 weigh as they are (WL24's gate) in every arm; `aux` is the global-batch balance loss at Switch's weight 0.01. The
