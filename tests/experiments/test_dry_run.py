@@ -10,7 +10,6 @@ from experiments.bench.shape import StepShape
 from experiments.dry_run import abstract_state, parameter_counts
 from experiments.experiment import load, names, trained
 from experiments.recipes import PRESETS, cluster
-from moe.routing import make_router
 
 dry_run = functools.cache(module.dry_run)
 EXPERIMENTS = {name: load(name) for name in [*names(), "template"]}
@@ -24,26 +23,44 @@ def test_every_recipe_lowers(name):
     assert 0 < counts["active_parameters"] <= counts["parameters"]
 
 
-@pytest.mark.parametrize(
-    ("name", "preset"), [(name, preset) for name in EXPERIMENTS for preset in EXPERIMENTS[name].presets]
-)
-def test_every_preset_of_every_experiment_lowers(name, preset):
-    """One arm per model, mesh and accumulation is lowered: the balance loss changes no shape."""
+PRESETS_OF_ALL = [(name, preset) for name in EXPERIMENTS for preset in EXPERIMENTS[name].presets]
+
+
+def lower_distinct(name, preset, alike):
+    """Lowers one arm of each kind: `alike(config)` leaves out what changes no shape."""
     made = EXPERIMENTS[name].presets[preset]()
     assert made.arms
     assert made.seeds >= 1
     distinct = {}
     for arm, config in trained(made).items():
         same = replace(config, steps=1, seed=0, balance=replace(config.balance, weight=0.0, scope="none"))
-        distinct.setdefault(same, arm)
-        if config.model.moe is not None:
-            make_router(config.model.moe)
+        distinct.setdefault(alike(same), arm)
     for arm in distinct.values():
         counts = dry_run(trained(made)[arm])
         assert counts["devices"] == trained(made)[arm].mesh.devices
         assert 0 < counts["active_parameters"] <= counts["parameters"]
     for claim in made.claims:
         assert set(claim.arms) <= made.arms.keys()
+
+
+def any_router(config):
+    moe = config.model.moe
+    if moe is None:
+        return config
+    plain = replace(moe, router="softmax_topk", policy="dropless", allow_noncausal=False)
+    return replace(config, model=replace(config.model, moe=plain))
+
+
+@pytest.mark.parametrize(("name", "preset"), PRESETS_OF_ALL)
+def test_every_preset_of_every_experiment_lowers(name, preset):
+    """One arm per shape of model, mesh and accumulation; routers are lowered one by one in the slow suite."""
+    lower_distinct(name, preset, any_router)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "preset"), PRESETS_OF_ALL)
+def test_every_arm_of_every_preset_lowers(name, preset):
+    lower_distinct(name, preset, lambda config: config)
 
 
 def test_the_paper_preset_is_as_large_as_the_paper_says():
