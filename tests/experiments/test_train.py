@@ -67,10 +67,14 @@ def test_ctrl_c_while_evaluating_acts_at_once_and_the_same_call_resumes(whole, t
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("the evaluation went on")
 
-    with monkeypatch.context() as patch:
-        patch.setattr("experiments.train.evaluate", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            fit(CONFIG, tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background jobs
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("experiments.train.evaluate", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                fit(CONFIG, tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     result = fit(CONFIG, tmp_path)
     assert lines(tmp_path) == whole[1]
     assert result.metrics["val_ce"] == whole[0].metrics["val_ce"]
