@@ -152,7 +152,8 @@ def drawn(name: str) -> dict[str, jax.Array]:
 def state_of(name: str, num_experts: int) -> dict[str, jax.Array]:
     if not name.startswith("deepseek_v3"):
         return {}
-    return {"bias": jnp.asarray(inputs.weight(f"block/{name}/gate.e_score_correction_bias", (num_experts,)))}
+    bias = jnp.asarray(inputs.weight(f"block/{name}/gate.e_score_correction_bias", (num_experts,)))
+    return {"bias": bias, "updates": jnp.int32(0)}
 
 
 def expected(name: str) -> dict[str, np.ndarray]:
