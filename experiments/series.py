@@ -52,7 +52,7 @@ def maps_of_first_seed(series: Series) -> Series:
 
 def maps_of_busiest_layer(series: Series) -> Series:
     """`domain_expert[layer]` of every other layer becomes None, so that the index still says which layer it is."""
-    if not all("layer_mi" in run for runs in series.values() for run in runs):
+    if not any("layer_mi" in run for runs in series.values() for run in runs):
         return series
     busiest = busiest_layer(series)
 
@@ -66,7 +66,7 @@ def maps_of_busiest_layer(series: Series) -> Series:
 
 
 def busiest_layer(series: Series) -> int:
-    """The layer with the highest I(domain; expert), averaged over all arms and seeds."""
-    layers = [run["layer_mi"] for runs in series.values() for run in runs]
+    """The layer with the highest I(domain; expert), averaged over all arms and seeds that have experts."""
+    layers = [run["layer_mi"] for runs in series.values() for run in runs if "layer_mi" in run]
     totals = [sum(values) for values in zip(*layers)]
     return totals.index(max(totals))

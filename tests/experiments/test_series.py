@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments.series import LIMIT, busiest_layer, size, within_limit
+from experiments.series import LIMIT, busiest_layer, maps_of_busiest_layer, size, within_limit
 
 LAYERS, DOMAINS, EXPERTS = 3, 9, 16
 
@@ -95,3 +95,10 @@ def test_what_cannot_be_thinned_is_refused_with_its_size():
     series = {"a": [{"loss_steps": [], "own": [[0.5] * 1000] * 100}]}
     with pytest.raises(ValueError, match=f"series = {len(json.dumps(series))}"):
         within_limit(series)
+
+
+def test_a_dense_arm_beside_routed_ones_does_not_keep_all_their_maps():
+    routed = {"layer_mi": [0.1, 0.3], "domain_expert": [[[1.0, 0.0]], [[0.5, 0.5]]]}
+    series = {"dense": [{"loss": [1.0]}], "moe": [routed]}
+    assert busiest_layer(series) == 1
+    assert maps_of_busiest_layer(series)["moe"][0]["domain_expert"] == [None, [[0.5, 0.5]]]
