@@ -6,7 +6,8 @@ Claim:     at equal active arithmetic a mixture of experts has a lower loss than
 Command:   python -m experiments run moe-baselines --preset cpu        (every router: --preset cpu-long)
 Time:      9 minutes on 2 cores; cpu-long is made for at most 60.
 Result:    cpu, 2 seeds: MoE - dense -0.064 nats (claimed <= -0.02: holds); max violation without balancing 2.74 (>= 3)
-           and with the loss at weight 0.01 0.79 (<= 0.3): neither holds. Everything else in REPRODUCTIONS.md.
+           and with the loss at weight 0.01 0.79 (<= 0.3): neither holds. cpu-long, 1 seed: a hash of the byte has the
+           lowest loss, loss-free arms the best balance. Everything else in REPRODUCTIONS.md.
 
 Protocol, fixed beforehand: same data order and tokens per seed, 200 steps; 16 experts of width 96, 2 active, against a
 dense FFN of width 192 (routers that take one expert: 8 experts of width 192). `balanced` is the global balance loss at
@@ -70,6 +71,7 @@ def every_router(base: RunConfig) -> dict[str, RunConfig]:
     vocab = base.model.vocab_size
     free = {"allow_noncausal": True}
     return {
+        # Two groups kept by their best expert hold the two best experts: the choice, and so the loss, of `softmax`.
         "deepseek_v2": routed(base, "group_limited(groups=4, kept_groups=2)"),
         "deepseek_v3": routed(
             base,
