@@ -94,6 +94,7 @@ def init_state(config: RunConfig, tx: optax.GradientTransformation) -> TrainStat
 
 
 def init_method_state(config: RunConfig) -> dict[str, Any]:
+    """What the balance scope keeps across steps: the decayed counts [L, E] of `ema`, nothing for the others."""
     moe = config.model.moe
     if moe is None or config.balance.scope != "ema":
         return {}
@@ -200,7 +201,7 @@ def pass_loss(
         return ce, ({"loss": ce}, None)
     moe, stats, balance = config.model.moe, out.stats, config.balance
     if balance.scope == "shuffle_micro" and frequency is None:
-        rows = stats.indices.reshape(stats.indices.shape[0], -1, moe.top_k)
+        rows = stats.indices.reshape(stats.indices.shape[0], -1, stats.indices.shape[-1])
         frequency = _shuffled(config, rows, step_key)
     passed = batch["tokens"].shape[0]
     scoped = functools.partial(

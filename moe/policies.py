@@ -98,6 +98,7 @@ class Capacity:
 
 
 def dropless(num_experts: int, top_k: int) -> Dropless:
+    """The policy of every preset without a capacity; the sizes are those every policy is made with."""
     del num_experts, top_k
     return Dropless()
 

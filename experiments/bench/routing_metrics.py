@@ -18,12 +18,11 @@ from statistics import median
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 from scipy.stats import quantile_test
 
 from experiments.bench import report
+from experiments.bench.batch import random_batch
 from experiments.bench.shape import StepShape
 from experiments.config import RunConfig
 from experiments.output import write_json
@@ -117,15 +116,6 @@ def main(
         console.print(f"{words}: {'yes' if met else 'no'}")
     console.print(f"written to {json}")
     return result
-
-
-def random_batch(shape: StepShape) -> Batch:
-    """One pass of uniformly random tokens, one document per sequence: leaves [1, B, S + 1]."""
-    size = (1, shape.batch, shape.seq + 1)
-    tokens = np.random.default_rng(0).integers(0, shape.vocab, size, dtype=np.int32)
-    positions = np.broadcast_to(np.arange(shape.seq + 1, dtype=np.int32), size)
-    leaves = {"tokens": tokens, "segment_ids": np.ones(size, np.int32), "positions": positions}
-    return {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
 
 
 def interleaved(sides: dict[str, Side], pairs: int, done: Callable[[], None]) -> None:

@@ -26,9 +26,9 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import jax  # noqa: E402
-import numpy as np  # noqa: E402
 
 import experiments  # noqa: E402
+from experiments.bench.batch import random_batch  # noqa: E402
 from experiments.bench.parts import Part, all_parts, sample  # noqa: E402
 from experiments.bench.peak import PeakMeter  # noqa: E402
 from experiments.bench.shape import StepShape  # noqa: E402
@@ -78,15 +78,6 @@ class Bench:
     def _rates(self) -> dict[str, Any]:
         meter = self.meter
         return {"shape": meter.best_shape, "peak": meter.peak, "best_sample": meter.best_sample, "rates": meter.medians}
-
-
-def random_batch(shape: StepShape) -> dict[str, jax.Array]:
-    """One accumulation pass of uniformly random tokens, one segment per sequence: leaves [1, B, S + 1]."""
-    size = (1, shape.batch, shape.seq + 1)
-    tokens = np.random.default_rng(0).integers(0, shape.vocab, size, dtype=np.int32)
-    positions = np.broadcast_to(np.arange(shape.seq + 1, dtype=np.int32), size)
-    leaves = {"tokens": tokens, "segment_ids": np.ones(size, np.int32), "positions": positions}
-    return {name: jax.numpy.asarray(leaf) for name, leaf in leaves.items()}
 
 
 def main() -> None:

@@ -110,6 +110,12 @@ def test_other_scopes_do_not_depend_on_accumulation(scope):
     assert_close(gradient_step(split, batch_of(split))[0], expected)
 
 
+def test_a_sample_of_the_whole_batch_is_exact_for_a_router_with_as_many_slots_as_experts():
+    config = replace(BASE, model=replace(BASE.model, moe=replace(MOE, router="top_p(p=0.5)")))
+    sampled = replace(config, balance=replace(BASE.balance, scope="shuffle_micro", micro_batch_size=BASE.batch_size))
+    assert_close(gradient_step(sampled, batch_of(sampled))[0], gradient_step(config, batch_of(config))[0])
+
+
 def test_prefix_differs_from_exact_only_under_accumulation():
     prefix = replace(BASE, balance=replace(BASE.balance, scope="global_prefix"))
     once, _ = gradient_step(prefix, batch_of(prefix))

@@ -29,7 +29,7 @@ T = B * S
 ROUTERS = {
     "softmax": "softmax_topk",
     "softmax_raw": "softmax_topk(renormalize=False)",
-    "deepseek_v2": "group_limited(groups=4, kept_groups=2, group_score='max', scaling=1.7)",
+    "deepseek_v2": "group_limited(groups=4, kept_groups=1, group_score='max', scaling=1.7)",
     "deepseek_v3": "group_limited(score='sigmoid', groups=4, kept_groups=2, group_score='top2', selection_bias=True,"
     " renormalize=True, scaling=2.5)",
     "gpt_oss": "learned_bias",

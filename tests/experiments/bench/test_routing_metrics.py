@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from experiments.bench import routing_metrics
-from experiments.bench.routing_metrics import Side, median_interval, random_batch
+from experiments.bench.batch import random_batch
+from experiments.bench.routing_metrics import Side, median_interval
 from experiments.bench.shape import StepShape
 from experiments.config import BalanceConfig
 
