@@ -292,6 +292,7 @@ def test_ema_and_biases_survive_a_checkpoint_bit_for_bit(tmp_path):
         state = restore_or_init(config, tx, mesh, saved)
         state, _ = compile_step(config, tx, mesh)(state, batch_of(config))
         saved.save(1, state)
+        saved.wait()  # until then the step is not complete, and a fresh state is what there is
         again = restore_or_init(config, tx, mesh, saved)
     assert float(state.method_state["balance_ema"].counts.sum()) > 0
     assert float(jnp.abs(state.router_state["bias"]).sum()) > 0
