@@ -55,7 +55,7 @@ def gpu() -> RunConfig:
         num_kv_heads=4,
         head_dim=64,
         moe=moe,
-        qk_norm=True,
+        qk_norm="head",
         compute_dtype="bfloat16",
         remat="dots",
     )

@@ -103,7 +103,7 @@ class Attention(nn.Module):
             return (x @ weight.reshape(d, heads * dim).astype(x.dtype)).reshape(b, s, heads, dim)
 
         q, k, v = project("wq", cfg.num_heads), project("wk", cfg.num_kv_heads), project("wv", cfg.num_kv_heads)
-        if cfg.qk_norm:
+        if cfg.qk_norm == "head":
             q, k = RMSNorm(cfg.norm_eps, name="q_norm")(q), RMSNorm(cfg.norm_eps, name="k_norm")(k)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         heads = P(AXES, None, None, None)

@@ -84,7 +84,7 @@ class StepShape:
         moe = MoEConfig(self.experts, self.top_k, self.expert_dim, router="softmax_topk(renormalize=False)")
         model = ModelConfig(
             vocab_size=self.vocab, hidden=self.hidden, num_layers=self.layers, num_heads=self.heads,
-            num_kv_heads=self.heads, head_dim=self.head_dim, moe=moe, qk_norm=True, unroll=0,
+            num_kv_heads=self.heads, head_dim=self.head_dim, moe=moe, qk_norm="head", unroll=0,
         )  # fmt: skip
         return RunConfig(
             model=model, data=DataConfig(corpus="synthetic", seq_len=self.seq), batch_size=self.batch,

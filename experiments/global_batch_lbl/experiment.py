@@ -122,7 +122,7 @@ def paper() -> Preset:
         num_kv_heads=4,
         head_dim=64,
         moe=moe,
-        qk_norm=True,
+        qk_norm="head",
         compute_dtype="bfloat16",
         remat="dots",
     )

@@ -37,7 +37,7 @@ def test_types():
             "data.corpus=a=b",  # only the first = divides
             "balance.scope=sequence",
             "data.domains=one,two",
-            "model.qk_norm=True",
+            "model.tie_embeddings=True",
             "model.moe.router=softmax_topk(renormalize=False)",
         ],
     )
@@ -46,7 +46,7 @@ def test_types():
     assert config.data.corpus == "a=b"
     assert config.balance.scope == "sequence"
     assert config.data.domains == ("one", "two")
-    assert config.model.qk_norm is True
+    assert config.model.tie_embeddings is True
     assert config.model.moe.router == "softmax_topk(renormalize=False)"
     assert config.batch_size == smoke().batch_size
 
@@ -87,7 +87,7 @@ def test_the_last_of_equal_names_counts_and_nothing_changes_nothing():
         ("steps=1.5", "steps = '1.5': expected int"),
         ("balance.weight=x", r"balance\.weight = 'x': expected float"),
         ("balance.scope=galaxy", r"balance\.scope = 'galaxy': expected one of none, sequence"),
-        ("model.qk_norm=1", r"model\.qk_norm = '1': expected true or false"),
+        ("model.tie_embeddings=1", r"model\.tie_embeddings = '1': expected true or false"),
         ("steps=0", "steps = 0: expected at least 1"),
         ("model.moe.top_k=99", r"moe\.top_k = 99"),
     ],

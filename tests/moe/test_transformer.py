@@ -17,7 +17,7 @@ BASE = ModelConfig(
 )
 CONFIGS = {
     "moe": BASE,
-    "dense": replace(BASE, moe=None, qk_norm=True),
+    "dense": replace(BASE, moe=None, qk_norm="head"),
     "mixed_tied": replace(BASE, first_dense=1, tie_embeddings=True),
     "alternating": replace(BASE, num_layers=4, moe_every=2),
     "top1": replace(BASE, moe=replace(MOE, top_k=1, router="softmax_topk(renormalize=False)", shared_dim=0)),
