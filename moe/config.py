@@ -238,10 +238,10 @@ class ModelConfig:
         require(self.clip_qkv >= 0, "model.clip_qkv", self.clip_qkv, "0 (none) or a positive bound")
         require(self.context >= 0, "model.context", self.context, "0 (unknown) or a number of positions")
         fits = len(self.windows) in (0, self.num_layers) and all(window >= 0 for window in self.windows)
-        require(fits, "model.windows", self.windows, f"none, or one for each of the {self.num_layers} layers, 0 or more")
+        require(fits, "model.windows", self.windows, f"none, or one (0 or more) for each of {self.num_layers} layers")
         if self.latent is not None:
             heads, dim = self.num_heads, self.latent.nope_dim + self.latent.rope_dim
-            require(self.num_kv_heads == heads, "model.num_kv_heads", self.num_kv_heads, f"num_heads = {heads} (latent)")
+            require(self.num_kv_heads == heads, "model.num_kv_heads", self.num_kv_heads, f"{heads}, all heads (latent)")
             require(self.head_dim == dim, "model.head_dim", self.head_dim, f"nope_dim + rope_dim = {dim} (latent)")
             plain = self.qk_norm == "none" and self.attention_bias != "qkv" and not self.clip_qkv and not self.sinks
             require(plain, "model.latent", self.latent, "no qk_norm, qkv bias, clip_qkv or sinks beside it")

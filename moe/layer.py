@@ -20,10 +20,16 @@ from moe.policies import make_policy
 from moe.routing import Router, drop_padding, make_router
 
 
-def swiglu(x: Array, gate_up: Array, down: Array) -> Array:
-    """(silu(x W_gate) * (x W_up)) W_down with gate_up [d, 2f] holding both: [..., d] -> [..., d] (2002.05202)."""
-    gate, up = jnp.split(x @ gate_up, 2, axis=-1)
-    return (jax.nn.silu(gate) * up) @ down
+def swiglu(
+    x: Array, gate_up: Array, down: Array, gate_up_bias: Array | None = None, down_bias: Array | None = None
+) -> Array:
+    """(silu(x W_gate) * (x W_up)) W_down with gate_up [d, 2f] holding both: [..., d] -> [..., d] (2002.05202); biases
+    [2f] and [d] after the products."""
+    both = x @ gate_up
+    both = both if gate_up_bias is None else both + jnp.expand_dims(gate_up_bias, range(both.ndim - 1))
+    gate, up = jnp.split(both, 2, axis=-1)
+    out = (jax.nn.silu(gate) * up) @ down
+    return out if down_bias is None else out + jnp.expand_dims(down_bias, range(out.ndim - 1))
 
 
 class DenseFFN(nn.Module):
@@ -32,13 +38,19 @@ class DenseFFN(nn.Module):
     ffn_dim: int
     init_std: float
     out_std: float
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         d = x.shape[-1]
         gate_up = self.param("gate_up", nn.initializers.truncated_normal(self.init_std), (d, 2 * self.ffn_dim))
         down = self.param("down", nn.initializers.truncated_normal(self.out_std), (self.ffn_dim, d))
-        return swiglu(x, gate_up.astype(x.dtype), down.astype(x.dtype))
+        if not self.bias:
+            return swiglu(x, gate_up.astype(x.dtype), down.astype(x.dtype))
+        gate_up_bias = self.param("gate_up_bias", nn.initializers.zeros, (2 * self.ffn_dim,))
+        down_bias = self.param("down_bias", nn.initializers.zeros, (d,))
+        biases = gate_up_bias.astype(x.dtype), down_bias.astype(x.dtype)
+        return swiglu(x, gate_up.astype(x.dtype), down.astype(x.dtype), *biases)
 
 
 class Experts(nn.Module):

@@ -20,9 +20,11 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from kernels.attention import attention
+from kernels.cached_attention import cached_attention, write_cache
 from moe.config import LayerKind, ModelConfig
 from moe.layer import DenseFFN, MoELayer
 from moe.losses import RoutingStats
+from moe.rope import apply_rope, rope_tables, yarn_scale
 from moe.routing import make_router
 from parallel.mesh import AXES, on_shards
 
@@ -66,20 +68,6 @@ def _rms_norm_bwd(eps: float, residuals: tuple[Array, Array, Array], g: Array) -
 rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
 
 
-def rope_tables(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """cos and signed sin [B, S, 1, D] of positions [B, S] for `apply_rope`; half-split as in Llama (2104.09864)."""
-    inverse = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = positions.astype(jnp.float32)[..., None, None] * inverse.reshape(1, 1, 1, -1)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
-
-
-def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotates the pairs (x_i, x_{i + D/2}) of x [B, S, H, D]: the halves swap places, the table holds the signs."""
-    swapped = jnp.roll(x, x.shape[-1] // 2, axis=-1)
-    return x * cos.astype(x.dtype) + swapped * sin.astype(x.dtype)
-
-
 class RMSNorm(nn.Module):
     eps: float
 
@@ -88,33 +76,151 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.param("scale", nn.initializers.ones, (x.shape[-1],)), self.eps)
 
 
+Cache = tuple[Array, ...]  # of one layer: keys and values [B, C, G, D], or the latent vectors [B, C, 1, kv_rank + rope_dim]
+
+
+class Where(NamedTuple):
+    """Which tokens may see which: segment_ids (0 is padding) and positions [B, S], their rotation's cos and sin
+    [B, S, 1, D], the layer's window (0 is none; None where no layer has one)."""
+
+    segment_ids: Array
+    positions: Array
+    rope: tuple[Array, Array]
+    window: Array | int | None
+
+
+def attend(q: Array, k: Array, v: Array, where: Where, **options: Any) -> Array:
+    """`attention` on each device's sequences; options are the kernel's `sinks` and `scale`."""
+    heads, scale = P(AXES, None, None, None), options.pop("scale", None)
+
+    def call(q: Array, k: Array, v: Array, segment_ids: Array, window: Any, sinks: Array | None) -> Array:
+        return attention(q, k, v, segment_ids, window=window, sinks=sinks, scale=scale)
+
+    specs = (heads, heads, heads, P(AXES, None), P(), P())
+    return on_shards(call, specs, heads)(q, k, v, where.segment_ids, where.window, options.pop("sinks", None))
+
+
+def projection(
+    module: nn.Module, name: str, x: Array, outputs: tuple[int, ...], std: float, *, inputs: int = 1, bias: bool = False
+) -> Array:
+    """x contracted over its last `inputs` axes with `w{name}` [*inputs, *outputs], plus `b{name}` [*outputs]; the
+    parameters are `module`'s. One product of two matrices."""
+    shape = x.shape[x.ndim - inputs :]
+    weight = module.param(f"w{name}", nn.initializers.truncated_normal(std), (*shape, *outputs))
+    flat = x.reshape(*x.shape[: x.ndim - inputs], -1)
+    out = (flat @ weight.reshape(flat.shape[-1], -1).astype(x.dtype)).reshape(*flat.shape[:-1], *outputs)
+    if not bias:
+        return out
+    b = module.param(f"b{name}", nn.initializers.zeros, outputs)
+    return out + jnp.expand_dims(b.astype(x.dtype), range(out.ndim - len(outputs)))
+
+
 class Attention(nn.Module):
-    """Causal grouped-query attention within segments; wq [d, H, D], wk and wv [d, G, D], wo [H, D, d]."""
+    """Causal grouped-query attention within segments; wq [d, H, D], wk and wv [d, G, D], wo [H, D, d]; biases bq, bk,
+    bv, bo, `sinks` [H], norms where the config has them.
+
+    With a cache, keys and values are written at their positions and queries see what the cache then holds.
+    """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Array, segment_ids: Array, rope: tuple[Array, Array]) -> Array:
+    def __call__(self, x: Array, where: Where, cache: Cache | None) -> tuple[Array, Cache | None]:
         cfg = self.config
-        (b, s, d), dim = x.shape, cfg.head_dim
+        bias, std = cfg.attention_bias != "none", cfg.init_std
+        q = projection(self, "q", x, (cfg.num_heads, cfg.head_dim), std, bias=bias)
+        k = projection(self, "k", x, (cfg.num_kv_heads, cfg.head_dim), std, bias=bias)
+        v = projection(self, "v", x, (cfg.num_kv_heads, cfg.head_dim), std, bias=bias)
+        if cfg.qk_norm != "none":
+            q, k = self.normed("q_norm", q), self.normed("k_norm", k)
+        if cfg.clip_qkv:
+            q, k, v = (jnp.clip(y, -cfg.clip_qkv, cfg.clip_qkv) for y in (q, k, v))
+        q, k = apply_rope(q, *where.rope), apply_rope(k, *where.rope)
+        sinks = self.param("sinks", nn.initializers.zeros, (cfg.num_heads,)) if cfg.sinks else None
+        if cache is None:
+            mixed = attend(q, k, v, where, sinks=sinks)
+        else:
+            keys, values = (write_cache(old, new, where.positions) for old, new in zip(cache, (k, v), strict=True))
+            mixed = cached_attention(q, keys, values, where.positions, window=where.window, sinks=sinks)
+            cache = keys, values
+        out = projection(self, "o", mixed, (x.shape[-1],), residual_std(cfg), inputs=2, bias=cfg.attention_bias == "all")
+        return out, cache
 
-        def project(name: str, heads: int) -> Array:
-            weight = self.param(name, nn.initializers.truncated_normal(cfg.init_std), (d, heads, dim))
-            return (x @ weight.reshape(d, heads * dim).astype(x.dtype)).reshape(b, s, heads, dim)
+    def normed(self, name: str, x: Array) -> Array:
+        """RMSNorm of x [B, S, H, D] over each head, or over the width of all heads (OLMoE)."""
+        norm = RMSNorm(self.config.norm_eps, name=name)
+        return norm(x) if self.config.qk_norm == "head" else norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
 
-        q, k, v = project("wq", cfg.num_heads), project("wk", cfg.num_kv_heads), project("wv", cfg.num_kv_heads)
-        if cfg.qk_norm == "head":
-            q, k = RMSNorm(cfg.norm_eps, name="q_norm")(q), RMSNorm(cfg.norm_eps, name="k_norm")(k)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        heads = P(AXES, None, None, None)
-        mixed = on_shards(attention, (heads, heads, heads, P(AXES, None)), heads)(q, k, v, segment_ids)
-        wo = self.param("wo", nn.initializers.truncated_normal(residual_std(cfg)), (cfg.num_heads, dim, d))
-        return mixed.reshape(b, s, cfg.num_heads * dim) @ wo.reshape(cfg.num_heads * dim, d).astype(x.dtype)
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2 2405.04434, section 2.1; the released V3 code's norms and scale).
+
+        c_t = norm(W_down x_t),  k_t = [W_k c_t ; rope(w_r x_t)],  v_t = W_v c_t,  q_t = [q_nope ; rope(q_rope)]
+
+    A cache holds c_t and the one rotated key: 1 / (2H) of the keys and values. Against it, W_k and W_v are absorbed into
+    the query and the output (section 2.1.2), so heads share one key [c ; k_rope] and one value c.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Array, where: Where, cache: Cache | None) -> tuple[Array, Cache | None]:
+        cfg, latent = self.config, self.config.latent
+        assert latent is not None
+        std, bias, heads = cfg.init_std, cfg.attention_bias == "all", cfg.num_heads
+        # The released code gives these two norms their class's epsilon, whatever the model's.
+        norm = partial(RMSNorm, 1e-6)
+        if latent.q_rank:
+            q = norm(name="q_norm")(projection(self, "q_down", x, (latent.q_rank,), std, bias=bias))
+            q = projection(self, "q_up", q, (heads, cfg.head_dim), std)
+        else:
+            q = projection(self, "q", x, (heads, cfg.head_dim), std)
+        q_nope, q_rope = jnp.split(q, [latent.nope_dim], axis=-1)
+        down = projection(self, "kv_down", x, (latent.kv_rank + latent.rope_dim,), std, bias=bias)
+        c, k_rope = jnp.split(down, [latent.kv_rank], axis=-1)
+        c, k_rope = norm(name="kv_norm")(c)[:, :, None], apply_rope(k_rope[:, :, None], *where.rope)
+        q_rope = apply_rope(q_rope, *where.rope)
+        normal = nn.initializers.truncated_normal(std)
+        k_up = self.param("wk_up", normal, (latent.kv_rank, heads, latent.nope_dim)).astype(x.dtype)
+        v_up = self.param("wv_up", normal, (latent.kv_rank, heads, latent.value_dim)).astype(x.dtype)
+        scale = cfg.head_dim**-0.5
+        if cfg.rope_scaling is not None and cfg.rope_scaling.mscale_all_dim:
+            scale *= yarn_scale(cfg.rope_scaling.factor, cfg.rope_scaling.mscale_all_dim) ** 2
+        if cache is None:
+            up = c[:, :, 0] @ k_up.reshape(latent.kv_rank, -1), c[:, :, 0] @ v_up.reshape(latent.kv_rank, -1)
+            k_nope, v = (y.reshape(*y.shape[:2], heads, -1) for y in up)
+            k = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope, (*k_nope.shape[:3], latent.rope_dim))], axis=-1)
+            mixed = attend(jnp.concatenate([q_nope, q_rope], axis=-1), k, v, where, scale=scale)
+        else:
+            keys = write_cache(cache[0], jnp.concatenate([c, k_rope], axis=-1), where.positions)
+            q = jnp.concatenate([jnp.einsum("bshn,rhn->bshr", q_nope, k_up), q_rope], axis=-1)
+            values = keys[..., : latent.kv_rank]
+            mixed = cached_attention(q, keys, values, where.positions, window=where.window, scale=scale)
+            mixed, cache = jnp.einsum("bshr,rhv->bshv", mixed, v_up), (keys,)
+        out = projection(self, "o", mixed, (x.shape[-1],), residual_std(cfg), inputs=2, bias=bias)
+        return out, cache
 
 
 def residual_std(cfg: ModelConfig) -> float:
     """Initial standard deviation of what writes into the residual stream: init_std / sqrt(2L) (GPT-2)."""
     return cfg.init_std / (2 * cfg.num_layers) ** 0.5
+
+
+class PerLayer(NamedTuple):
+    """What differs between the layers of a run: router state, key (None at evaluation), window."""
+
+    router_state: Any
+    key: Array | None
+    window: Array | int | None
+
+
+class Shared(NamedTuple):
+    """What all layers see: tokens, segment_ids and positions [B, S], rotations [B, S, 1, D]."""
+
+    tokens: Array
+    segment_ids: Array
+    positions: Array
+    rope: tuple[Array, Array]
 
 
 class Block(nn.Module):
@@ -124,19 +230,21 @@ class Block(nn.Module):
     kind: LayerKind
 
     @nn.compact
-    def __call__(self, x: Array, per_layer: tuple[Any, Array | None], shared: tuple[Array, ...]) -> tuple[Array, Any]:
+    def __call__(
+        self, x: Array, layer: PerLayer, shared: Shared, cache: Cache | None = None
+    ) -> tuple[Array, tuple[RoutingStats | None, Cache | None]]:
         cfg = self.config
-        router_state, key = per_layer
-        tokens, segment_ids, cos, sin = shared
-        x = x + Attention(cfg, name="attention")(
-            RMSNorm(cfg.norm_eps, name="attention_norm")(x), segment_ids, (cos, sin)
-        )
+        where = Where(shared.segment_ids, shared.positions, shared.rope, layer.window)
+        mixer = Attention if cfg.latent is None else LatentAttention
+        mixed, cache = mixer(cfg, name="attention")(RMSNorm(cfg.norm_eps, name="attention_norm")(x), where, cache)
+        x = x + mixed
         normed = RMSNorm(cfg.norm_eps, name="ffn_norm")(x)
         if self.kind == "dense" or cfg.moe is None:
-            return x + DenseFFN(cfg.ffn_dim, cfg.init_std, residual_std(cfg), name="ffn")(normed), None
-        layer = MoELayer(cfg.moe, cfg.init_std, residual_std(cfg), name="moe")
-        out, stats = layer(normed, segment_ids > 0, tokens, router_state, key)
-        return x + out, stats
+            ffn = DenseFFN(cfg.ffn_dim, cfg.init_std, residual_std(cfg), cfg.ffn_bias, name="ffn")
+            return x + ffn(normed), (None, cache)
+        moe = MoELayer(cfg.moe, cfg.init_std, residual_std(cfg), name="moe")
+        out, stats = moe(normed, shared.segment_ids > 0, shared.tokens, layer.router_state, layer.key)
+        return x + out, (stats, cache)
 
 
 def rematerialised(block: type[Block], policy: str) -> Any:
@@ -145,6 +253,12 @@ def rematerialised(block: type[Block], policy: str) -> Any:
         return block
     saveable = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
     return nn.remat(block, policy=saveable, prevent_cse=False)
+
+
+def rotations(config: ModelConfig, positions: Array) -> tuple[Array, Array]:
+    """cos and signed sin [B, S, 1, D] for the rotated part of a head."""
+    dim = config.head_dim if config.latent is None else config.latent.rope_dim
+    return rope_tables(positions, dim, config.rope_theta, config.rope_scaling)
 
 
 def init_router_state(config: ModelConfig) -> Any:
@@ -168,7 +282,8 @@ class Transformer(nn.Module):
         dtype = jnp.dtype(cfg.compute_dtype)
         embedding = self.param("embedding", nn.initializers.normal(cfg.init_std), (cfg.vocab_size, cfg.hidden))
         x = jnp.take(embedding, tokens, axis=0).astype(dtype)
-        shared = (tokens, segment_ids, *rope_tables(positions, cfg.head_dim, cfg.rope_theta))
+        shared = Shared(tokens, segment_ids, positions, rotations(cfg, positions))
+        windows = jnp.array(cfg.windows, jnp.int32) if cfg.windows else None
         keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(cfg.num_layers))
 
         stats, layer, moe_layer = [], 0, 0
@@ -183,8 +298,9 @@ class Transformer(nn.Module):
                 length=length,
                 unroll=cfg.unroll or length,
             )(cfg, kind, name=f"runs_{run}")
-            layer_keys = None if keys is None else keys[layer : layer + length]
-            x, out = blocks(x, (state if kind == "moe" else {}, layer_keys), shared)
+            of_run = slice(layer, layer + length)
+            layer_keys, layer_windows = (None if values is None else values[of_run] for values in (keys, windows))
+            x, (out, _) = blocks(x, PerLayer(state if kind == "moe" else {}, layer_keys, layer_windows), shared)
             layer += length
             if kind == "moe":
                 moe_layer += length

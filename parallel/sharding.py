@@ -26,6 +26,9 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"embedding$|head$", P(("fsdp", "expert"), None)),
     (r"w[qkv]$", P(("fsdp", "expert"), None, None)),
     (r"wo$", P(None, None, ("fsdp", "expert"))),
+    # Latent attention: down [d, r] by the hidden axis, up [r, H, D] by heads.
+    (r"w(q|kv)_down$", P(("fsdp", "expert"), None)),
+    (r"w[qkv]_up$", P(None, ("fsdp", "expert"), None)),
     (r"ffn/gate_up$", P(("fsdp", "expert"), None)),
     (r"ffn/down$", P(None, ("fsdp", "expert"))),
     # Norm scales, counters, keys, everything else: replicated.

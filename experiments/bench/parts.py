@@ -25,7 +25,8 @@ from kernels.attention import attention
 from kernels.cross_entropy import cross_entropy
 from moe.layer import MoELayer, swiglu
 from moe.losses import RoutingStats
-from moe.transformer import apply_rope, rms_norm, rope_tables
+from moe.rope import apply_rope, rope_tables
+from moe.transformer import rms_norm
 
 
 @dataclass(frozen=True)

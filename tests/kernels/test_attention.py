@@ -52,15 +52,16 @@ def small_query_blocks(monkeypatch):
     value_and_grads.clear_cache()
 
 
-def naive(q, k, v, segments, scale):
-    out = np.zeros(q.shape)
+def naive(q, k, v, segments, scale, window=0, sinks=None):
+    out = np.zeros((*q.shape[:3], v.shape[3]))
     for b, s, h in np.ndindex(*q.shape[:3]):
-        seen = [t for t in range(s + 1) if segments[b, t] == segments[b, s] != 0]
+        oldest = max(0, s + 1 - window) if window else 0
+        seen = [t for t in range(oldest, s + 1) if segments[b, t] == segments[b, s] != 0]
         if seen:
             group = h // (q.shape[2] // k.shape[2])
             scores = scale * k[b, seen, group] @ q[b, s, h]
-            weights = np.exp(scores - scores.max())
-            out[b, s, h] = weights @ v[b, seen, group] / weights.sum()
+            weights = np.exp(scores)
+            out[b, s, h] = weights @ v[b, seen, group] / (weights.sum() + (0 if sinks is None else np.exp(sinks[h])))
     return out
 
 
@@ -72,6 +73,43 @@ def test_values_match_a_position_by_position_oracle(small_query_blocks, implemen
         got = value_and_grads(q, k, v, segments, g, implementation=implementation, scale=scale)[0]
         want = naive(*(np.asarray(a) for a in (q, k, v, segments)), scale or 8**-0.5)
         np.testing.assert_allclose(got, want, atol=1e-12)
+
+
+WINDOWS = [(None, False), (0, True), (1, False), (5, True), (23, False), (99, True)]
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blocks"])
+@pytest.mark.parametrize(("window", "with_sinks"), WINDOWS)
+def test_windows_sinks_and_wider_values(small_query_blocks, implementation, window, with_sinks):
+    with jax.enable_x64(True):
+        q, k, v, segments, _ = problem(batch=3, length=37, dtype=np.float64)
+        v = jnp.concatenate([v, 2 * v[..., :3]], axis=-1)
+        sinks = jnp.array([0.5, -1.0, 2.0, 4.0]) if with_sinks else None
+        limit = None if window is None else jnp.int32(window)
+        run = jax.jit(partial(attention, implementation=implementation))
+        got = run(q, k, v, segments, window=limit, sinks=sinks)
+        want = naive(*(np.asarray(a) for a in (q, k, v, segments)), 8**-0.5, window or 0, sinks)
+        np.testing.assert_allclose(got, want, atol=1e-12)
+
+
+def test_gradients_with_window_and_sinks(small_query_blocks):
+    """Of q, k, v (wider than the keys) and the sinks; the reference is differentiated by JAX."""
+    with jax.enable_x64(True):
+        q, k, v, segments, g = problem(batch=3, length=37, dtype=np.float64)
+        v, g = jnp.concatenate([v, v[..., :3] ** 2], axis=-1), jnp.concatenate([g, g[..., :3]], axis=-1)
+        sinks, window = jnp.array([0.5, -1.0, 2.0, 4.0]), jnp.int32(9)
+
+        @partial(jax.jit, static_argnums=4)
+        def gradients(q, k, v, sinks, implementation):
+            _, vjp = jax.vjp(
+                lambda *a: attention(*a[:3], segments, window=window, sinks=a[3], implementation=implementation),
+                q, k, v, sinks,
+            )  # fmt: skip
+            return vjp(g)
+
+        got, want = (gradients(q, k, v, sinks, name) for name in ("blocks", "reference"))
+        assert float(jnp.abs(want[3]).min()) > 1e-3
+        assert_close(got, want, 1e-12)
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 1), (6, 2), (5, 5), (6, 6)])
@@ -194,6 +232,7 @@ def test_the_gpu_program_is_batched_einsums_without_a_loop():
         ({"k": jnp.zeros((2, 37, 3, 8)), "v": jnp.zeros((2, 37, 3, 8))}, "a divisor of the 4 query heads"),
         ({"segment_ids": jnp.zeros((2, 36), jnp.int32)}, "segment_ids.shape"),
         ({"segment_ids": jnp.zeros((2, 37))}, "segment_ids.dtype"),
+        ({"sinks": jnp.zeros((2,))}, "sinks.shape"),
         ({"implementation": "flash"}, "implementation = 'flash'"),
     ],
 )
