@@ -1,0 +1,1 @@
+"""Released models in and out: checkpoint files, the layouts of model families, tokenizers."""
