@@ -161,6 +161,7 @@ BAD = {
     "scales of bytes": ({"w": W, "w_scale_inv": SCALES.astype(np.uint8)}, "w_scale_inv: dtype = 'uint8'"),
     "few scales": ({"w": W, "w_scale_inv": ONE}, r"w_scale_inv: shape = \(1, 1\): expected \(2, 2\), one for every"),
     "scales turned": ({"w": W[:128], "w_scale_inv": SCALES[:, :1]}, r"expected \(1, 2\)"),
+    "scales too wide": ({"w": W, "w_scale_inv": np.ones((2, 3), np.float32)}, r"w_scale_inv: shape = \(2, 3\)"),
     "blocks alone": ({"x_blocks": B}, "missing = 'x_scales'"),
     "mx scales alone": ({"x_scales": S}, "missing = 'x_blocks'"),
     "plain too": ({"x_blocks": B, "x_scales": S, "x": ONE}, "tensors there twice = 'x'"),
