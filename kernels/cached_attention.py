@@ -47,9 +47,9 @@ def cached_attention(
     require_shape("positions", positions, (batch, length), f"[B = {batch}, Q = {length}]")
     groups = keys.shape[2]
     require(heads % groups == 0, "keys.shape[2]", groups, f"a divisor of the {heads} query heads")
-    scale = width**-0.5 if scale is None else scale
+    scale_q = width**-0.5 if scale is None else float(scale)
 
-    grouped = (q * scale).reshape(batch, length, groups, heads // groups, width)
+    grouped = (q * scale_q).reshape(batch, length, groups, heads // groups, width)
     scores = jnp.einsum("bqgrd,bcgd->bgrqc", grouped, keys, preferred_element_type=wide(q.dtype))
     behind = positions[:, :, None] - jnp.arange(keys.shape[1])[None, None, :]  # [B, Q, C]
     seen = behind >= 0

@@ -3,7 +3,7 @@
 A pair of dimensions i turns by position * w_i, w_i = theta^(-2i / D). Stretched by a factor s from a context of C:
 
     linear    w_i / s                                                    (2306.15595)
-    dynamic   theta (s n / C - (s - 1))^(D / (D - 2)) as the base once the length n passes C   (NTK-aware, [code] transformers)
+    dynamic   theta (s n / C - (s - 1))^(D / (D - 2)) as the base once the length n passes C ([code] transformers)
     yarn      (1 - r_i) w_i + r_i w_i / s, r a ramp over the dimensions between those that turn beta_fast and beta_slow
               times in C; cos and sin times 0.1 ln(s) + 1                (2309.00071, section 3)
     llama3    w_i / s for wavelengths above C / low, w_i below C / high, interpolated by C / wavelength between ([code]
@@ -26,12 +26,13 @@ def rope_tables(
     positions: Array, head_dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> tuple[Array, Array]:
     """cos and signed sin [B, S, 1, D] of positions [B, S] for `apply_rope`."""
+    base: float | Array = theta
     if scaling is not None and scaling.kind == "dynamic":
         stretch = scaling.factor * (jnp.max(positions) + 1) / scaling.original_context - (scaling.factor - 1)
-        theta = theta * jnp.maximum(stretch, 1.0) ** (head_dim / (head_dim - 2))
-    inverse = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    if scaling is not None:
-        inverse = inverse * stretched(head_dim, float(theta), scaling) if scaling.kind != "dynamic" else inverse
+        base = theta * jnp.maximum(stretch, 1.0) ** (head_dim / (head_dim - 2))
+    inverse = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is not None and scaling.kind != "dynamic":
+        inverse = inverse * stretched(head_dim, theta, scaling)
     angle = positions.astype(jnp.float32)[..., None, None] * inverse.reshape(1, 1, 1, -1)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     if scaling is not None and (factor := attention_factor(scaling)) != 1.0:

@@ -76,7 +76,8 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.param("scale", nn.initializers.ones, (x.shape[-1],)), self.eps)
 
 
-Cache = tuple[Array, ...]  # of one layer: keys and values [B, C, G, D], or the latent vectors [B, C, 1, kv_rank + rope_dim]
+# One layer's keys and values [B, C, G, D] of C slots, or its latent vectors [B, C, 1, kv_rank + rope_dim] alone.
+Cache = tuple[Array, ...]
 
 
 class Where(NamedTuple):
@@ -127,7 +128,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, where: Where, cache: Cache | None) -> tuple[Array, Cache | None]:
         cfg = self.config
-        bias, std = cfg.attention_bias != "none", cfg.init_std
+        bias, out_bias, std = cfg.attention_bias != "none", cfg.attention_bias == "all", cfg.init_std
         q = projection(self, "q", x, (cfg.num_heads, cfg.head_dim), std, bias=bias)
         k = projection(self, "k", x, (cfg.num_kv_heads, cfg.head_dim), std, bias=bias)
         v = projection(self, "v", x, (cfg.num_kv_heads, cfg.head_dim), std, bias=bias)
@@ -143,7 +144,7 @@ class Attention(nn.Module):
             keys, values = (write_cache(old, new, where.positions) for old, new in zip(cache, (k, v), strict=True))
             mixed = cached_attention(q, keys, values, where.positions, window=where.window, sinks=sinks)
             cache = keys, values
-        out = projection(self, "o", mixed, (x.shape[-1],), residual_std(cfg), inputs=2, bias=cfg.attention_bias == "all")
+        out = projection(self, "o", mixed, (x.shape[-1],), residual_std(cfg), inputs=2, bias=out_bias)
         return out, cache
 
     def normed(self, name: str, x: Array) -> Array:
@@ -157,8 +158,8 @@ class LatentAttention(nn.Module):
 
         c_t = norm(W_down x_t),  k_t = [W_k c_t ; rope(w_r x_t)],  v_t = W_v c_t,  q_t = [q_nope ; rope(q_rope)]
 
-    A cache holds c_t and the one rotated key: 1 / (2H) of the keys and values. Against it, W_k and W_v are absorbed into
-    the query and the output (section 2.1.2), so heads share one key [c ; k_rope] and one value c.
+    A cache holds c_t and the one rotated key. Against it, W_k and W_v are absorbed into the query and the output
+    (section 2.1.2), so that all heads share one key [c ; k_rope] and one value c.
     """
 
     config: ModelConfig

@@ -143,7 +143,8 @@ def config_of(name: str) -> ModelConfig:
     moe = MoEConfig(shape["experts"], shape["top_k"], shape["expert_dim"], router=ROUTERS[name])
     return ModelConfig(
         vocab_size=shape["vocab"], hidden=shape["hidden"], num_layers=shape["layers"], num_heads=heads["heads"],
-        num_kv_heads=heads["kv_heads"], head_dim=heads["head_dim"], moe=moe, qk_norm="none" if name == "mixtral" else "head",
+        num_kv_heads=heads["kv_heads"], head_dim=heads["head_dim"], moe=moe,
+        qk_norm="none" if name == "mixtral" else "head",
         rope_theta=inputs.ROPE_THETA, norm_eps=inputs.NORM_EPS,
     )  # fmt: skip
 
