@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from moe.config import BalanceScope, ModelConfig, require
 
+PARENT = "parent:"
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -99,10 +101,35 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    """Where parameters come from; the optimiser starts fresh in any case.
+
+    Attributes:
+      source: empty for random ones; `parent:NAME`, a run that the preset trains beforehand; else a pretrained model,
+        a name or a directory as `convert` takes it.
+      upcycle: how a dense source becomes the mixture of experts that `model` is, a method of `moe.upcycle`:
+        `copy`, `split(shards=2)`, `drop(ratio=0.5)`. Empty: the source is taken as it is.
+    """
+
+    source: str = ""
+    upcycle: str = ""
+
+    def __post_init__(self) -> None:
+        require(bool(self.source or not self.upcycle), "init.upcycle", self.upcycle, "an init.source to start from")
+        require(self.source != PARENT, "init.source", self.source, f"{PARENT}NAME")
+
+    @property
+    def parent(self) -> str:
+        """NAME of `parent:NAME`, else empty."""
+        return self.source.removeprefix(PARENT) if self.source.startswith(PARENT) else ""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One training run.
 
     Attributes:
+      init: where its parameters come from.
       batch_size: sequences per optimiser step, over all devices and accumulation steps.
       accumulation: A, forward-backward passes per optimiser step; divides batch_size.
       steps: optimiser steps of the whole schedule.
@@ -115,6 +142,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     batch_size: int = 32
     accumulation: int = 1
     steps: int = 400
@@ -153,6 +181,11 @@ class RunConfig:
                 self.balance.micro_batch_size,
                 f"a divisor of batch_size / accumulation = {per_pass}",
             )
+        if self.init.upcycle:
+            from moe.upcycle import make_method
+
+            require(self.model.moe is not None, "model.moe", None, f"MoE layers for init.upcycle = {self.init.upcycle}")
+            make_method(self.init.upcycle)
         if self.model.moe is not None:
             require(
                 self.model.moe.num_experts % self.mesh.expert == 0,

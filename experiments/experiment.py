@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from experiments.claims import Claim
-from experiments.config import RunConfig
+from experiments.config import PARENT, RunConfig
 from moe.config import require
 
 FOLDER = Path(__file__).parent
@@ -32,12 +32,26 @@ Arm = RunConfig | Study
 
 @dataclass(frozen=True)
 class Preset:
-    """Arms by name, paired by seed; `claims` are those that can be judged from these arms."""
+    """Arms by name, paired by seed; `claims` are those that can be judged from these arms.
+
+    `parents` are trained first, at each seed, for the arms that start from them (`init.source = "parent:NAME"`). They
+    are no arms: no claim speaks of them. ValueError for an arm whose parent is not there, or a parent with a parent.
+    """
 
     arms: Mapping[str, Arm]
     seeds: int
     claims: tuple[Claim, ...]
     note: str = ""
+    parents: Mapping[str, RunConfig] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known = ", ".join(self.parents) or "none"
+        for name, arm in trained(self).items():
+            there = not arm.init.parent or arm.init.parent in self.parents
+            require(there, f"{name}: init.source", arm.init.source, f"a parent out of: {known}")
+        for name, parent in self.parents.items():
+            source = parent.init.source
+            require(not parent.init.parent, f"parent {name}: init.source", source, "no parent of its own")
 
 
 @dataclass(frozen=True)
@@ -85,6 +99,11 @@ def load(name: str) -> Experiment:
 def trained(preset: Preset) -> dict[str, RunConfig]:
     """The arms that train a model."""
     return {name: arm for name, arm in preset.arms.items() if isinstance(arm, RunConfig)}
+
+
+def planned(preset: Preset) -> dict[str, RunConfig]:
+    """Everything that trains, in order: the parents, as `parent:NAME`, then the arms."""
+    return {PARENT + name: parent for name, parent in preset.parents.items()} | trained(preset)
 
 
 def preset_of(experiment: Experiment, name: str) -> Preset:

@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.claims import Judged, compared, judge, mean_std, overall, stated
-from experiments.config import RunConfig
+from experiments.config import PARENT, RunConfig
 from experiments.data.corpus import open_corpus
 from experiments.dry_run import dry_run
-from experiments.experiment import Arm, Experiment, Preset, Study, load, preset_of, trained
+from experiments.experiment import Arm, Experiment, Preset, Study, load, planned, preset_of, trained
+from experiments.initial import Parent, check_source, open_source
 from experiments.logs import check_loggers
 from experiments.output import contents, elapsed, probe, stopwatch, write_json
 from experiments.overrides import flatten, with_overrides
@@ -58,8 +59,11 @@ def run(
     experiment = load(name)
     preset = select(preset_of(experiment, preset_name), arms, settings, seeds)
     check_loggers(loggers)
-    for config in trained(preset).values():
+    for config in planned(preset).values():
         check(config, open_corpus(config.data))
+        source = open_source(config, parent_of(preset, config, 0, out))
+        if source is not None:
+            check_source(config, source)
     prepare(out, experiment, preset_name, preset)
     with stopwatch(out / WALL) if is_primary() else nullcontext():
         results = train_all(experiment.name, preset, out, commit, console, loggers, profile)
@@ -81,10 +85,11 @@ def train_all(
     loggers: Sequence[str],
     profile: tuple[int, int] | None,
 ) -> dict[tuple[str, int], FitResult]:
-    """Every arm and seed that is not recorded yet, under one progress bar."""
-    plan = [(arm, seed) for seed in range(preset.seeds) for arm in preset.arms]
+    """Every parent, arm and seed that is not recorded yet, under one progress bar."""
+    jobs = everything(preset)
+    plan = [(arm, seed) for seed in range(preset.seeds) for arm in jobs]
     results = {run: result for run in plan if (result := read_result(out, *run)) is not None}
-    length = {name: arm.steps if isinstance(arm, RunConfig) else 1 for name, arm in preset.arms.items()}
+    length = {name: arm.steps if isinstance(arm, RunConfig) else 1 for name, arm in jobs.items()}
     total = sum(length[arm] for arm, _ in plan)
     done = sum(length[arm] for arm, _ in results)
     with Bar(title, total, done, console, shown=is_primary()) as bar:
@@ -92,9 +97,10 @@ def train_all(
             note = lambda step, _, m, what=f"{arm} seed {seed}", before=done: bar.update(  # noqa: E731
                 before + step, f"{what} step {step} loss {m['loss']:.3f}"
             )
-            result = run_arm(
-                preset.arms[arm], seed, run_folder(out, arm, seed), progress=note, loggers=loggers, profile=profile
-            )
+            options = {"progress": note, "loggers": loggers, "profile": profile}
+            if (parent := parent_of(preset, jobs[arm], seed, out)) is not None:
+                options |= {"parent": parent}
+            result = run_arm(jobs[arm], seed, run_folder(out, arm, seed), **options)
             record(out, arm, seed, result, commit)
             results[arm, seed] = result
             done += length[arm]
@@ -110,8 +116,21 @@ def run_arm(arm: Arm, seed: int, out: Path, **options: Any) -> FitResult:
     return FitResult(*arm.run(seed))
 
 
+def everything(preset: Preset) -> dict[str, Arm]:
+    """What is run at each seed, in order: parents, as `parent:NAME`, then arms."""
+    return planned(preset) | dict(preset.arms)
+
+
+def parent_of(preset: Preset, arm: Arm, seed: int, out: Path) -> Parent | None:
+    """The run that an arm starts from, None if it starts otherwise."""
+    name = arm.init.parent if isinstance(arm, RunConfig) else ""
+    return Parent(replace(preset.parents[name], seed=seed), run_folder(out, PARENT + name, seed)) if name else None
+
+
 def select(preset: Preset, arms: Sequence[str], settings: Sequence[str], seeds: int | None) -> Preset:
-    """The preset with the asked arms, overrides on every arm, and seeds. Claims whose arms are left out drop out."""
+    """The preset with the asked arms, overrides on every arm, and seeds. Claims whose arms are left out drop out, and
+    parents that no arm starts from; the others take those overrides that their children cannot have alone: of the
+    model around the experts and of the mesh."""
     for arm in arms:
         require(arm in preset.arms, "arm", arm, f"one of {', '.join(preset.arms)}")
     require(seeds is None or seeds >= 1, "seeds", seeds, "at least 1")
@@ -122,12 +141,15 @@ def select(preset: Preset, arms: Sequence[str], settings: Sequence[str], seeds: 
         if not arms or name in arms
     }
     claims = tuple(c for c in preset.claims if set(c.arms) <= kept.keys())
-    return replace(preset, arms=kept, claims=claims, seeds=seeds or preset.seeds)
+    common = [s for s in settings if s.startswith(("model.", "mesh.")) and not s.startswith("model.moe.")]
+    needed = {arm.init.parent for arm in kept.values() if isinstance(arm, RunConfig)}
+    parents = {name: with_overrides(one, common) for name, one in preset.parents.items() if name in needed}
+    return replace(preset, arms=kept, claims=claims, parents=parents, seeds=seeds or preset.seeds)
 
 
 def manifest(experiment: Experiment, preset_name: str, preset: Preset) -> dict[str, Any]:
     """What must be equal for `out` to be continued; more seeds and arms may be asked for later, and another mesh."""
-    configs = {name: settings_of(arm) | corpus_of(arm) for name, arm in preset.arms.items()}
+    configs = {name: settings_of(arm) | corpus_of(arm) for name, arm in everything(preset).items()}
     flat = {f"{arm}.{key}": value for arm, config in configs.items() for key, value in config.items()}
     free = (".seed", ".checkpoint_every", ".mesh.data", ".mesh.fsdp", ".mesh.expert")
     kept = {key: value for key, value in flat.items() if not key.endswith(free)}
@@ -166,7 +188,9 @@ def prepare(out: Path, experiment: Experiment, preset_name: str, preset: Preset)
 
 
 def run_folder(out: Path, arm: str, seed: int) -> Path:
-    return out / "runs" / f"{arm}-seed{seed}"
+    """`runs/ARM-seedS`, or `parents/NAME-seedS` for `parent:NAME`."""
+    name = arm.removeprefix(PARENT)
+    return out / ("runs" if name == arm else "parents") / f"{name}-seed{seed}"
 
 
 def record(out: Path, arm: str, seed: int, result: FitResult, commit: str) -> None:
@@ -186,7 +210,7 @@ def read_result(out: Path, arm: str, seed: int) -> FitResult | None:
 
 def commits(out: Path, preset: Preset) -> str:
     """The commit that trained the runs; several, in order, if the code changed between them."""
-    paths = [run_folder(out, arm, seed) / "result.json" for seed in range(preset.seeds) for arm in preset.arms]
+    paths = [run_folder(out, arm, seed) / "result.json" for seed in range(preset.seeds) for arm in everything(preset)]
     return " ".join(dict.fromkeys(json.loads(path.read_text())["commit"] for path in paths))
 
 
@@ -194,16 +218,13 @@ def collect(
     experiment: Experiment, preset_name: str, preset: Preset, results: Mapping[tuple[str, int], FitResult], out: Path
 ) -> dict[str, Any]:
     """The content of `result.json`."""
-    arms: dict[str, dict[str, Any]] = {}
-    for arm in preset.arms:
-        runs = [results[arm, seed].metrics for seed in range(preset.seeds)]
-        summary = {key: [run[key] for run in runs] for key in runs[0]}
-        arms[arm] = {
-            key: dict(zip(("mean", "std"), mean_std(values))) | {"values": values} for key, values in summary.items()
-        }
+    arms = {arm: summary([results[arm, seed] for seed in range(preset.seeds)]) for arm in preset.arms}
+    parents = {
+        name: summary([results[PARENT + name, seed] for seed in range(preset.seeds)]) for name in preset.parents
+    }
     verdicts = judged(preset, arms)
     series = {arm: [results[arm, seed].series for seed in range(preset.seeds)] for arm in preset.arms}
-    configs = {name: settings_of(arm) for name, arm in preset.arms.items()}
+    configs = {name: settings_of(arm) for name, arm in everything(preset).items()}
     for flat in configs.values():
         if "data.corpus" in flat:  # where a corpus lies says nothing to others; corpus_hash says which it is
             flat["data.corpus"] = Path(flat["data.corpus"]).resolve().name
@@ -212,6 +233,7 @@ def collect(
         "preset": preset_name,
         "claim": [described(j) for j in verdicts],
         "arms": arms,
+        **({"parents": parents} if parents else {}),
         "verdict": overall(verdicts) if verdicts else "no claim judged",
         "provenance": provenance()
         | corpus_of(next(iter(preset.arms.values())))
@@ -223,6 +245,12 @@ def collect(
         },
         "series": within_limit(series),
     }
+
+
+def summary(runs: Sequence[FitResult]) -> dict[str, Any]:
+    """Mean, deviation and values, in seed order, of every metric."""
+    found = {key: [run.metrics[key] for run in runs] for key in runs[0].metrics}
+    return {key: dict(zip(("mean", "std"), mean_std(values))) | {"values": values} for key, values in found.items()}
 
 
 def judged(preset: Preset, arms: Mapping[str, Mapping[str, Any]]) -> list[Judged]:

@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.config import RunConfig
+from experiments.config import InitConfig, RunConfig
 from experiments.data.corpus import Corpus, open_corpus
 from experiments.data.pipeline import batches, check_fits, make_dataset
 from experiments.data.shards import SPLITS
+from experiments.dry_run import flops_per_token, parameter_counts
 from experiments.evaluate import evaluate
+from experiments.initial import Parent, Source, check_source, fingerprint, open_source, started
 from experiments.logs import JsonLines, check_loggers, make_loggers
-from experiments.overrides import flatten
+from experiments.output import write_json
 from experiments.step import (
     Batch,
     TrainState,
@@ -40,6 +42,7 @@ from parallel.mesh import make_mesh
 from parallel.startup import any_process, is_primary
 
 Progress = Callable[[int, int, dict[str, float]], None]
+START = "start.json"
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ def fit(
     progress: Progress | None = None,
     loggers: Sequence[str] = (),
     profile: tuple[int, int] | None = None,
+    parent: Parent | None = None,
 ) -> FitResult:
     """Trains one model in `out`, resuming from the checkpoint found there, and evaluates it.
 
@@ -68,6 +72,7 @@ def fit(
       progress: called as progress(finished, total, metrics) after each step.
       loggers: any of `tensorboard`, `wandb`, `trackio`, beside the JSON lines.
       profile: (first, last) steps to trace with the JAX profiler into `out/profile`.
+      parent: the finished run that `config.init.source = "parent:NAME"` means.
 
     Raises:
       ValueError: bad input, before anything is compiled or written; or a loss or gradient that is not finite, after its
@@ -79,12 +84,18 @@ def fit(
     check_loggers(loggers)
     corpus = open_corpus(config.data)
     check(config, corpus)
+    source = open_source(config, parent)
+    if source is not None:
+        check_source(config, source)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.expert)
     tx = make_optimizer(config.optimizer, config.steps)
     with ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        saved = stack.enter_context(Checkpoints(out / "checkpoints", fingerprint=fingerprint(config, corpus)))
-        state = restore_or_init(config, tx, mesh, saved)
+        saved = stack.enter_context(Checkpoints(out / "checkpoints", fingerprint=fingerprint(config, corpus, parent)))
+        if source is not None and saved.latest() is None:
+            state = start_from(source, config, tx, mesh, corpus, out / START)
+        else:
+            state = restore_or_init(config, tx, mesh, saved)
         start = int(state.step)
         lines = JsonLines.resume(out / "metrics.jsonl", start) if is_primary() else None
         sinks = [lines, *make_loggers(loggers, out, start)] if lines else []
@@ -96,6 +107,10 @@ def fit(
             state, times = loop(config, state, step_fn, feed, saved, sinks, stop, total, progress, profile, out)
         # From here on Ctrl-C acts at once: the state is saved, the same call evaluates it.
         metrics, series = evaluate(config, state, corpus, mesh)
+        _, active = parameter_counts(state.params, config.model)
+    if source is not None:
+        metrics |= json.loads((out / START).read_text())
+    metrics |= {"flops_per_token": float(flops_per_token(active))}
     rows = read_lines(out / "metrics.jsonl") if is_primary() else []
     step_ms = float(np.median([row["step_ms"] for row in rows])) if rows else float(np.median(times or [np.nan])) * 1e3
     tokens = config.batch_size * config.data.seq_len
@@ -127,13 +142,6 @@ def check(config: RunConfig, corpus: Corpus) -> None:
     )
 
 
-def fingerprint(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
-    """What must be equal for a checkpoint to be continued: the config, flattened, and the corpus. Not the mesh, nor how
-    often it is saved: a run may move to other devices."""
-    flat = flatten(config) | {"corpus_hash": corpus.content_hash}
-    return {name: value for name, value in flat.items() if name != "checkpoint_every" and not name.startswith("mesh.")}
-
-
 def restore_or_init(config: RunConfig, tx: Any, mesh: Mesh, saved: Checkpoints) -> TrainState:
     """The newest complete checkpoint on this mesh, or a fresh state."""
     init = functools.partial(init_state, config, tx)
@@ -143,6 +151,22 @@ def restore_or_init(config: RunConfig, tx: Any, mesh: Mesh, saved: Checkpoints) 
         return jax.jit(init, out_shardings=shardings)()
     placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
     return saved.restore(placed)
+
+
+def start_from(source: Source, config: RunConfig, tx: Any, mesh: Mesh, corpus: Corpus, path: Path) -> TrainState:
+    """A state with the source's parameters. What it scores before its first step goes to `path`: `start_val_ce`,
+    `start_test_ce`, and if upcycled `start_gap`, the distance of the latter from the source's own."""
+    params, router_state = source.read(mesh)
+    state = started(config, tx, source, mesh, params, router_state)
+    found, _ = evaluate(config, state, corpus, mesh)
+    scores = {f"start_{name}": found[name] for name in ("val_ce", "test_ce")}
+    if config.init.upcycle:
+        dense = replace(config, model=source.model, init=InitConfig())
+        before, _ = evaluate(dense, replace(state, params=params, router_state=router_state), corpus, mesh)
+        scores["start_gap"] = abs(found["test_ce"] - before["test_ce"])
+    if is_primary():
+        write_json(path, scores)
+    return state
 
 
 @contextmanager

@@ -75,7 +75,7 @@ def outside(tmp_path, monkeypatch):
 
 def test_own_router_and_optimizer_by_import_path_decide_the_run(outside, tmp_path):
     words = ["run", "global-batch-lbl", "--preset", "smoke", "--arms", "global", *MINE]
-    words += ["--set", "eval_tokens_per_domain=64"]
+    words += ["--set", "eval_tokens_per_domain=64", "--set", "model.moe.dispatcher=einsum"]  # compiles faster
     contents = []
     for steps in (2, 3):
         out = tmp_path / f"out{steps}"
@@ -110,7 +110,7 @@ def test_experiment_by_import_path(outside, tmp_path):
 
 def test_template_smoke_holds_and_draws(tmp_path):
     """The folder to copy works as it is, and its router is really the one that ran."""
-    settings = ("steps=2", "eval_tokens_per_domain=64")
+    settings = ("steps=2", "eval_tokens_per_domain=64", "model.moe.dispatcher=einsum")  # which compiles faster
     content = run("template", "smoke", tmp_path / "out", settings=settings, console=Console(width=120, quiet=True))
     assert content["verdict"] == "holds"
     assert content["arms"]["sharp"]["top_score"]["mean"] > 1.3 * content["arms"]["plain"]["top_score"]["mean"]
