@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.config import ModelConfig, MoEConfig
+from moe.config import LatentConfig, ModelConfig, MoEConfig, RopeScaling
 from moe.transformer import Transformer, init_router_state, rms_norm
 
 V, S = 31, 10
@@ -21,6 +21,15 @@ CONFIGS = {
     "mixed_tied": replace(BASE, first_dense=1, tie_embeddings=True),
     "alternating": replace(BASE, num_layers=4, moe_every=2),
     "top1": replace(BASE, moe=replace(MOE, top_k=1, router="softmax_topk(renormalize=False)", shared_dim=0)),
+    "windows_sinks_biases": replace(BASE, windows=(4, 0, 6), sinks=True, attention_bias="all", dense_layers=(1,)),
+    "width_norm_clip": replace(BASE, moe=None, qk_norm="width", clip_qkv=0.4, ffn_bias=True),
+    "latent_yarn": replace(
+        BASE,
+        num_kv_heads=4,
+        head_dim=10,
+        latent=LatentConfig(q_rank=6, kv_rank=10, nope_dim=6, rope_dim=4, value_dim=5),
+        rope_scaling=RopeScaling("yarn", 4.0, 8),
+    ),
 }
 
 
