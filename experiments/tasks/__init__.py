@@ -1,0 +1,1 @@
+"""Labelled tasks read out of pinned packages: every one a list of `Example`, split by hash."""
