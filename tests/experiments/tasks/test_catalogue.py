@@ -53,20 +53,28 @@ def test_rows_that_an_open_quote_joined_are_taken_apart():
                      for text, answer in (('one" two', 0), ("three", 0), ("buy", 1), ("win", 1))]
 
 
+def write_wheel(folder, monkeypatch, package, members):
+    """A wheel of that package with these members, pinned, among the archives under `folder`."""
+    def digest(data):
+        return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode().rstrip("=")
+
+    record = "".join(f"{name},sha256={digest(data)},{len(data)}\n" for name, data in members.items()).encode()
+    stem = f"{package.replace('-', '_')}-{catalogue.ARCHIVES[package].version}"
+    path = folder / "archives" / f"{stem}-py3-none-any.whl"
+    path.parent.mkdir(exist_ok=True)
+    with zipfile.ZipFile(path, "w") as wheel:
+        for name, data in (members | {f"{stem}.dist-info/RECORD": record}).items():
+            wheel.writestr(name, data)
+    archive = replace(catalogue.ARCHIVES[package], record_sha256=hashlib.sha256(record).hexdigest())
+    monkeypatch.setitem(catalogue.ARCHIVES, package, archive)
+    return path
+
+
 @pytest.fixture
 def made(tmp_path, monkeypatch):
     """A data root whose `evals` wheel holds 300 headlines."""
     data = rows(*(("say", f"headline {i}", str(i % 2)) for i in range(300)))
-    member = "evals/registry/data/sarcasm/samples.jsonl"
-    digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode().rstrip("=")
-    record = f"{member},sha256={digest},{len(data)}\n".encode()
-    (tmp_path / "archives").mkdir()
-    path = tmp_path / "archives" / "evals-3.0.1.post1-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as wheel:
-        wheel.writestr(member, data)
-        wheel.writestr("evals-3.0.1.dist-info/RECORD", record)
-    archive = replace(catalogue.ARCHIVES["evals"], record_sha256=hashlib.sha256(record).hexdigest())
-    monkeypatch.setitem(catalogue.ARCHIVES, "evals", archive)
+    write_wheel(tmp_path, monkeypatch, "evals", {"evals/registry/data/sarcasm/samples.jsonl": data})
     return tmp_path
 
 
@@ -104,31 +112,70 @@ def test_a_row_that_is_not_as_expected_is_named(read, data, said):
         list(read(data))
 
 
-def test_generators_need_their_package_and_its_version(monkeypatch):
-    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    monkeypatch.setattr(generators, "version", lambda name: generators.VERSION)
-    with pytest.raises(DataError, match=r"optional package reasoning-gym .*`pip install reasoning-gym==0.1.25`"):
-        load_examples("chain-sum", "test")
-    with pytest.raises(DataError, match="optional package"):
-        missing(("chain-sum",))
-    monkeypatch.setattr(generators, "version", lambda name: "0.0.1")
-    with pytest.raises(DataError, match=r"reasoning-gym 0.0.1 is installed: expected 0.1.25"):
-        fetch_tasks(("chain-sum",))
+FACTORY = b"""
+from .coaching import LEVELS
+made = {}
+
+def create_dataset(name, size, seed):
+    return (made[name](i + seed) for i in range(size))
+"""
+CHAIN_SUM = b"""
+from ..data import read_data_file
+from ..factory import made
+
+made["chain_sum"] = lambda i: {"question": f" {read_data_file('ask.txt')} {i} + 1 =\\n", "answer": i + 1}
+"""
+DATA = b"""
+from importlib import resources
+
+def read_data_file(name):
+    return resources.files("reasoning_gym.data").joinpath(name).read_text()
+"""
+GYM = {"__init__.py": b"import a_package_that_is_not_there", "factory.py": FACTORY,
+       "arithmetic/__init__.py": b"import another", "arithmetic/chain_sum.py": CHAIN_SUM,
+       "coaching/__init__.py": b"LEVELS = 1\nfrom . import experiment",
+       "coaching/experiment.py": b"from ..factory import create_dataset",
+       "data/__init__.py": DATA, "data/ask.txt": b"What is"}
 
 
-def test_generated_problems_become_examples(monkeypatch):
-    asked = {}
+def write_gym(tmp_path, monkeypatch, **changed):
+    monkeypatch.setattr(generators, "POOL", 200)
+    members = GYM | {name.replace("__", "/") + ".py": text for name, text in changed.items()}
+    return write_wheel(tmp_path, monkeypatch, "reasoning-gym",
+                       {f"reasoning_gym/{name}": text for name, text in members.items()})
 
-    def create_dataset(name, size, seed):
-        asked.update(name=name, size=size, seed=seed)
-        return [{"question": f" What is {i} + 1 =\n", "answer": i + 1} for i in range(200)]
 
-    monkeypatch.setattr(generators, "version", lambda name: generators.VERSION)
-    monkeypatch.setitem(sys.modules, "reasoning_gym", types.SimpleNamespace(create_dataset=create_dataset))
-    examples = [e for split in ("train", "validation", "test") for e in load_examples("chain-sum", split)]
-    assert asked == {"name": "chain_sum", "size": generators.POOL, "seed": generators.SEED}
+def test_generated_problems_come_out_of_the_wheel_without_the_imports_of_its_package(tmp_path, monkeypatch):
+    write_gym(tmp_path, monkeypatch)
+    installed = types.ModuleType("reasoning_gym")
+    monkeypatch.setitem(sys.modules, "reasoning_gym", installed)
+    examples = [e for split in ("train", "validation", "test") for e in load_examples("chain-sum", split, tmp_path)]
+    assert {e.prompt for e in examples} == {f"Question: What is {i} + 1 =\nAnswer:" for i in range(200)}
     assert len(examples) == 200
     check = TASKS["chain-sum"].check
     assert check is not None
     assert all(check(f"It is {int(e.prompt.split()[3]) + 1}.", e.target) for e in examples)
-    assert {e.prompt for e in examples} == {f"Question: What is {i} + 1 =\nAnswer:" for i in range(200)}
+    assert [name for name in sys.modules if name.startswith("reasoning_gym")] == ["reasoning_gym"]
+    assert sys.modules["reasoning_gym"] is installed
+
+
+@pytest.mark.parametrize(("changed", "said"), [
+    ({"arithmetic__chain_sum": b"import not_there"}, "generator arithmetic.chain_sum: No module named 'not_there'"),
+    ({"factory": b"create_dataset = None"}, "package reasoning-gym==0.1.25, generator arithmetic.chain_sum: "),
+])
+def test_a_generator_that_does_not_run_is_named(tmp_path, monkeypatch, changed, said):
+    write_gym(tmp_path, monkeypatch, **changed)
+    with pytest.raises(DataError, match=said):
+        load_examples("chain-sum", "test", tmp_path)
+    assert "reasoning_gym" not in sys.modules
+
+
+def test_a_changed_generator_is_refused_before_it_runs(tmp_path, monkeypatch):
+    path = write_gym(tmp_path, monkeypatch)
+    with zipfile.ZipFile(path) as wheel:
+        members = {name: wheel.read(name) for name in wheel.namelist()}
+    with zipfile.ZipFile(path, "w") as wheel:
+        for name, data in members.items():
+            wheel.writestr(name, b"raise SystemExit" if name.endswith("chain_sum.py") else data)
+    with pytest.raises(DataError, match=r"member reasoning_gym/arithmetic/chain_sum.py: expected SHA-256"):
+        load_examples("chain-sum", "test", tmp_path)
