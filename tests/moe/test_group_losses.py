@@ -1,14 +1,14 @@
 """Importance loss, losses between groups of experts (DeepSeek-V2) and ReMoE's regulariser: closed forms and loops."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe import losses
 from moe.losses import (
-    communication_stats,
-    device_stats,
-    importance_loss,
     routing_stats,
     scoped_balance_loss,
     squared_variation,
@@ -23,13 +23,17 @@ MASK = jnp.arange(S)[None, :] < jnp.asarray(LENGTHS)[:, None]
 
 def stats_of(logits, mask=None, k=K, router=None, state=None):
     """Stacked statistics [L, B, ...] of logits [L, B, S, E]."""
+    mask = np.ones(logits.shape[1:3], bool) if mask is None else mask
+    return stacked_stats(logits, mask, state or {}, router or softmax_topk.make(logits.shape[-1], k))
+
+
+@functools.partial(jax.jit, static_argnames="router")
+def stacked_stats(logits, mask, state, router):
     b, s, e = logits.shape[1:]
-    mask = jnp.ones((b, s), bool) if mask is None else mask
-    router = router or softmax_topk.make(e, k)
     ids = jnp.where(mask.reshape(-1), 0, -1)
 
     def one(z):
-        routing, own = router(None, z.reshape(b * s, e), ids, state or {}, None)
+        routing, own = router(None, z.reshape(b * s, e), ids, state, None)
         routing = drop_padding(routing, mask.reshape(-1))
         return routing_stats(routing, mask, own, routing.valid)
 
@@ -38,8 +42,12 @@ def stats_of(logits, mask=None, k=K, router=None, state=None):
 
 def by_hand(indices, probs, valid=None):
     """Statistics of one layer and one sequence from indices [T, K] and probs [T, E]."""
-    indices, probs = jnp.asarray(indices, jnp.int32), jnp.asarray(probs, jnp.float32)
-    valid = jnp.ones(indices.shape, bool) if valid is None else jnp.asarray(valid)
+    indices, probs = np.asarray(indices, np.int32), np.asarray(probs, np.float32)
+    return stats_by_hand(indices, probs, np.ones(indices.shape, bool) if valid is None else np.asarray(valid))
+
+
+@jax.jit
+def stats_by_hand(indices, probs, valid):
     routing = token_choice(probs, jnp.log(probs), indices, jnp.ones(indices.shape), valid)
     stats = routing_stats(routing, jnp.ones((1, len(indices)), bool), {}, valid)
     return jax.tree.map(lambda x: x[None], stats)
@@ -49,9 +57,15 @@ def random_logits(seed=0, shape=(L, B, S, E)):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape, scale=2.0), jnp.float32)
 
 
+balance_loss = jax.jit(scoped_balance_loss, static_argnames=("scope", "top_k", "group_size"))
+importance_loss = jax.jit(losses.importance_loss, static_argnums=1)
+device_stats = jax.jit(losses.device_stats, static_argnums=1)
+communication_stats = jax.jit(losses.communication_stats, static_argnums=1)
+
+
 def balance(stats, scope="global_exact", k=K, group_size=1):
     total = float(stats.tokens[0].sum())
-    return float(scoped_balance_loss(stats, scope, top_k=k, total_tokens=total, group_size=group_size))
+    return float(balance_loss(stats, scope, top_k=k, total_tokens=total, group_size=group_size))
 
 
 # Importance
@@ -99,7 +113,7 @@ def test_importance_gradient_equals_finite_differences_in_float64():
         logits = jnp.asarray(np.random.default_rng(3).normal(size=(1, 2, 3, 4)))
         mask = jnp.asarray([[True, True, True], [True, False, True]])
         value = lambda z: importance_loss(stats_of(z, mask), 1, 5.0)  # noqa: E731
-        grad, eps = jax.grad(value)(logits), 1e-6
+        grad, eps = jax.jit(jax.grad(value))(logits), 1e-6
         step = jax.jit(jax.vmap(lambda d: (value(logits + eps * d) - value(logits - eps * d)) / (2 * eps)))
         basis = jnp.eye(logits.size).reshape(-1, *logits.shape)
         np.testing.assert_allclose(grad.reshape(-1), step(basis), atol=1e-8)

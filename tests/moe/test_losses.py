@@ -1,5 +1,6 @@
 """Oracles of the global-batch balance study (closed forms, identities, invariances), values and gradients."""
 
+import functools
 import itertools
 
 import jax
@@ -27,8 +28,13 @@ GROUP = {"sequence": 1, "microbatch": 2, "device": 4}  # sequences that share on
 
 def stats_of(logits, token_valid=None, k=K, kept=None):
     """Stacked statistics [L, B, ...] of logits [L, B, S, E]."""
+    token_valid = np.ones(logits.shape[1:3], bool) if token_valid is None else token_valid
+    return stacked_stats(logits, token_valid, kept, k)
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def stacked_stats(logits, token_valid, kept, k):
     b, s, e = logits.shape[1:]
-    token_valid = jnp.ones((b, s), bool) if token_valid is None else token_valid
 
     def one(z):
         routing, losses = make(e, k)(None, z.reshape(b * s, e), None, {}, None)
@@ -54,7 +60,10 @@ def loss(stats, scope, total, k=K, mb=None, **kwargs):
     if scope == "ema":
         kwargs.setdefault("frequency", frequency_of(stats, k))
     size = GROUP.get(scope, 1) if mb is None else mb
-    return scoped_balance_loss(stats, scope, top_k=k, total_tokens=total, group_size=size, **kwargs)
+    return balance_of(stats, scope, top_k=k, total_tokens=total, group_size=size, **kwargs)
+
+
+balance_of = jax.jit(scoped_balance_loss, static_argnames=("scope", "top_k", "group_size"))
 
 
 @pytest.mark.parametrize("scope", SCOPES)
