@@ -72,12 +72,20 @@ def assert_close(got, want, tolerance):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.abs(b).max(), 1e-2), err_msg=f"result {i}")
 
 
-@pytest.mark.parametrize("scale_on", ["output", "input"])
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize(
-    ("activation", "implementation"),
-    [*product(ACTIVATIONS, ("blocks", "ragged_dot")), ("swiglu", "auto")],
-)
+# Every activation and implementation, biased or not, on both sides: a program each. Biases and sides of the other
+# activations are those of swiglu, so they are slow.
+FORMS = [*product(("swiglu",), ("blocks", "ragged_dot"), (False, True), ("output", "input"))]
+FORMS += [("swiglu", "auto", False, "output")]
+FORMS += [(name, how, True, "output") for name in ACTIVATIONS for how in ("blocks", "ragged_dot") if name != "swiglu"]
+EVERY_FORM = [
+    (name, how, *rest)
+    for name, how in [*product(ACTIVATIONS, ("blocks", "ragged_dot")), ("swiglu", "auto")]
+    for rest in product((False, True), ("output", "input"))
+]
+SLOW_FORMS = [pytest.param(*form, marks=pytest.mark.slow) for form in EVERY_FORM if form not in FORMS]
+
+
+@pytest.mark.parametrize(("activation", "implementation", "biased", "scale_on"), [*FORMS, *SLOW_FORMS])
 def test_values_and_gradients_match_the_dense_oracle(activation, implementation, biased, scale_on):
     with jax.enable_x64(True):
         biases = make_biases(np.float64, PARTS[activation], size=5.0) if biased else {}
@@ -148,7 +156,10 @@ def test_block_size_changes_nothing(block_size, routing):
     )
 
 
-@pytest.mark.parametrize(("activation", "biased"), [("swiglu", False), ("swiglu_oai", True), ("gelu", True)])
+@pytest.mark.parametrize(
+    ("activation", "biased"),
+    [("swiglu", False), ("swiglu_oai", True), pytest.param("gelu", True, marks=pytest.mark.slow)],
+)
 def test_bfloat16_compute_with_float32_parameters(activation, biased):
     x, *params, indices, valid, g = problem(parts=PARTS[activation])
     biases = make_biases(parts=PARTS[activation]) if biased else {}
