@@ -58,7 +58,7 @@ def evaluate_model(
       chat: ask through the model's chat template.
       batch_size: rows of one pass.
       window: tokens of one window for `bpb`.
-      loaded: the model, if it is in memory.
+      loaded: the model, if it is in memory; `model` still says where its tokenizer is.
 
     Raises:
       ValueError: unknown task or split, numbers out of range, a directory that holds something else or another
@@ -80,12 +80,12 @@ def evaluate_model(
     if loaded is None:
         from moe.pretrained.model import load
 
-        loaded = load(model if model == "smollm2" else Path(model))
+        loaded = load(model)
     settings |= {"fingerprint": fingerprint(loaded.config, loaded.params)}
     check_directory(out, settings)
     context = loaded.config.context
     require(BPB not in tasks or not context or window <= context, "window", window, f"at most the context of {context}")
-    words = open_words(model, loaded)
+    words = open_words(model, loaded.config)
     done = finished(out)
     units = [unit for name in tasks for unit in prepare(name, done, loaded, words, corpus, settings)]
     probe(out)

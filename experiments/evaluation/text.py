@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -81,9 +82,8 @@ class ByteWords:
 class LibraryWords:
     """A tokenizer of `moe.pretrained.tokenizer`."""
 
-    def __init__(self, tokenizer: TextTokenizer, name: str = "tokenizer.json", eos: Sequence[int] = ()):
-        self.tokenizer, self.name = tokenizer, name
-        self.eos = tuple(dict.fromkeys((*tokenizer.eos, *eos)))
+    def __init__(self, tokenizer: TextTokenizer, name: str = "tokenizer.json"):
+        self.tokenizer, self.name, self.eos = tokenizer, name, tokenizer.eos
         known = [tokenizer.inner.token_to_id(text) for text in SEPARATORS]
         expected = tokenizer.encode("a")[:1] if tokenizer.encode("a") != tokenizer.encode("a", bos=False) else []
         self.start = next((i for i in (*expected, *known, *self.eos) if i is not None), None)
@@ -113,25 +113,27 @@ class LibraryWords:
         return self.tokenizer.encode(text, bos=False) if chat else self.encode(text)
 
 
-def open_words(name: str, model: Any) -> Words:
-    """The tokenizer of a loaded model (`moe.pretrained.model.Pretrained`).
+def open_words(source: str, config: ModelConfig) -> Words:
+    """The tokenizer of a model.
+
+    Args:
+      source: `smollm2`, or the model's directory.
 
     Raises:
       ValueError: no tokenizer.json and no byte-level vocabulary, or ids beyond the model's vocabulary.
     """
-    config: ModelConfig = model.config
-    if name == "smollm2":
+    if source == "smollm2":
         from moe.pretrained.smollm2 import smollm2_tokenizer
 
-        words = LibraryWords(smollm2_tokenizer(), "smollm2", model.eos)
-    elif model.folder is not None and (model.folder / "tokenizer.json").is_file():
-        words = LibraryWords(load_tokenizer(model.folder), eos=model.eos)
+        words = LibraryWords(smollm2_tokenizer(), source)
+    elif (Path(source) / "tokenizer.json").is_file():
+        words = LibraryWords(load_tokenizer(Path(source)))
     else:
         missing = "a tokenizer.json in its folder, or a vocabulary of 256 bytes"
-        require(config.vocab_size == BYTES, f"model {name!r}: no tokenizer; vocab_size", config.vocab_size, missing)
+        require(config.vocab_size == BYTES, f"model {source!r}: no tokenizer; vocab_size", config.vocab_size, missing)
         return ByteWords()
     # A model may have more rows than words (padding), never fewer.
-    require(words.tokenizer.vocab_size <= config.vocab_size, f"model {name!r}: tokens", words.tokenizer.vocab_size,
+    require(words.tokenizer.vocab_size <= config.vocab_size, f"model {source!r}: tokens", words.tokenizer.vocab_size,
             f"at most vocab_size = {config.vocab_size}")
     return words
 

@@ -13,9 +13,9 @@ from experiments.data import DataError, fetch
 from experiments.data.corpus import load_directory
 from experiments.evaluation import command, units
 from experiments.evaluation.render import verdict
+from experiments.evaluation.text import ByteWords
 from experiments.tasks.example import Example
 from moe.config import ModelConfig
-from moe.transformer import Transformer
 
 CONFIG = ModelConfig(vocab_size=256, hidden=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, ffn_dim=16,
                      moe=None, init_std=0.4, context=96)
@@ -27,7 +27,7 @@ EXAMPLES = {
 
 
 @pytest.fixture
-def made(tmp_path, monkeypatch):
+def made(tmp_path, monkeypatch, drawn):
     """A corpus of two domains, two tasks, and a model with random weights."""
     writer = tmp_path / "packaged"
     writer.mkdir()
@@ -41,9 +41,8 @@ def made(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "open_corpus", lambda config: corpus)
     monkeypatch.setattr(command, "missing", lambda names: "")
     monkeypatch.setattr(command, "load_examples", lambda name, split: EXAMPLES[name])
-    blank = jnp.zeros((1, 4), jnp.int32)
-    params = Transformer(CONFIG).init(jax.random.key(0), blank, blank + 1, blank, {}, None)["params"]
-    return SimpleNamespace(config=CONFIG, params=params, router_state={}, family="made", folder=tmp_path, eos=())
+    params, state = drawn(CONFIG)
+    return SimpleNamespace(config=CONFIG, params=params, router_state=state, family="made")
 
 
 def evaluate(made, out, *tasks, **options):
@@ -153,7 +152,7 @@ def test_missing_data_names_the_command(made, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="run x sarcasm"):
         evaluate(made, tmp_path / "out", "bpb", "sarcasm")
     with pytest.raises(ValueError, match="at least one that fits"):
-        units.task_unit("sarcasm", EXAMPLES["sarcasm"][-1:], command.open_words("tiny", made), False, 96, None)
+        units.task_unit("sarcasm", EXAMPLES["sarcasm"][-1:], ByteWords(), False, 96, lambda: pytest.fail("no answers"))
 
 
 @pytest.mark.parametrize(("interval", "said"), [((0.6, 0.9), "above majority"), ((0.1, 0.4), "below majority"),

@@ -1,5 +1,7 @@
 """Scores against a loop over tokens with full logits, on a tiny random model; one by one equals batched."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from experiments.evaluation.scoring import Scorer, bucket, option_requests
 from experiments.evaluation.statistics import majority, wilson
 from experiments.evaluation.text import ByteWords, windows
 from moe.config import ModelConfig, MoEConfig
-from moe.transformer import Transformer, init_router_state
+from moe.transformer import Transformer
 
 CONFIG = ModelConfig(vocab_size=256, hidden=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=32,
                      moe=MoEConfig(num_experts=4, top_k=2, expert_dim=16), first_dense=1, init_std=0.4)
@@ -17,11 +19,8 @@ LONGEST = 96
 
 
 @pytest.fixture(scope="module")
-def model():
-    state = init_router_state(CONFIG)
-    blank = jnp.zeros((1, 4), jnp.int32)
-    params = Transformer(CONFIG).init(jax.random.key(0), blank, blank + 1, blank, state, None)["params"]
-    return params, state
+def model(drawn):
+    return drawn(CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +31,7 @@ def oracle(model):
     @jax.jit
     def logits(tokens):
         positions = jnp.arange(LONGEST, dtype=jnp.int32)[None]
-        out = Transformer(CONFIG).apply({"params": params}, tokens, jnp.ones_like(tokens), positions, state, None)
+        out: Any = Transformer(CONFIG).apply({"params": params}, tokens, jnp.ones_like(tokens), positions, state, None)
         return out.hidden[0] @ out.head.T
 
     def nats(inputs, targets):
@@ -45,6 +44,7 @@ def oracle(model):
 
 
 def test_windows_equal_a_loop_over_documents_and_tokens(model, oracle):
+    params, state = model
     words, texts, length = ByteWords(), ["hello there", "a", "some more text here"], 8
     text = windows(words, texts, length)
     expected, column = 0.0, 0
@@ -56,7 +56,7 @@ def test_windows_equal_a_loop_over_documents_and_tokens(model, oracle):
             column = (column + len(targets[:room])) % length
             inputs, targets = inputs[room:], targets[room:]
     for batch_size in (1, 3):
-        total = Scorer(CONFIG, *model, batch_size).total_nll(text)
+        total = Scorer(CONFIG, params, state, batch_size).total_nll(text)
         assert total == pytest.approx(expected, rel=1e-5)
 
 
@@ -73,8 +73,9 @@ def requests():
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_options_equal_a_loop_over_tokens(model, oracle, batch_size):
+    params, state = model
     read = []
-    nats = Scorer(CONFIG, *model, batch_size).run(requests(), read.append)
+    nats = Scorer(CONFIG, params, state, batch_size).run(requests(), read.append)
     for i, (prompt, options) in enumerate(QUESTIONS):
         for j, option in enumerate(options):
             whole = [0, *f"{prompt} {option}".encode()]
