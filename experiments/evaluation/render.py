@@ -49,11 +49,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
     """Accuracy beside the majority rate for each task, bits per byte for each domain."""
     domains, tasks = _by_kind(result)
     parts = [(draw_part, rows) for draw_part, rows in ((_draw_tasks, tasks), (_draw_domains, domains)) if rows]
-    tallest = max(len(rows) * (2 if part is _draw_tasks else 1) for part, rows in parts)
+    tallest = max(len(rows) * (1.5 if part is _draw_tasks else 1) for part, rows in parts)
     figure = new_figure(6.5 * len(parts), 1.8 + 0.36 * tallest)
     axes = figure.subplots(1, len(parts), squeeze=False)[0]
     for ax, (part, rows) in zip(axes, parts):
         part(ax, rows)
+    if tasks:
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
     limit = "" if result["limit"] is None else f", at most {result['limit']} examples or windows each"
     figure.suptitle(f"{result['model']}, {result['split']} split{limit}")
     save(figure, path)
@@ -74,8 +76,7 @@ def _draw_tasks(ax: Axes, tasks: dict[str, dict[str, Any]]) -> None:
     ax.set_yticks(place, [f"{name} ({row['examples']})" for name, row in tasks.items()])
     ax.set_xlim(0, 1)
     ax.invert_yaxis()
-    ax.set_xlabel("share of the examples, 95% interval")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.4, -0.12 - 0.4 / len(rows)), ncols=3, fontsize=10)
+    ax.set_xlabel("share of the examples (their number in brackets)\nwith 95% interval")
 
 
 def _draw_domains(ax: Axes, domains: dict[str, dict[str, Any]]) -> None:
