@@ -39,7 +39,7 @@ class Model(Protocol):
 
 
 class Weights(NamedTuple):
-    """Parameters with one entry per layer, and each layer's router state."""
+    """Parameters with one entry per layer, and each layer's router state; the head is [d, V]."""
 
     embedding: Array
     head: Array
@@ -49,7 +49,11 @@ class Weights(NamedTuple):
 
 
 def unstacked(config: ModelConfig, params: Any, router_state: Any) -> Weights:
-    """Parameters [L, ...] of a `Transformer` as separate layers: a copy of all but embedding and head."""
+    """Parameters [L, ...] of a `Transformer` as separate layers: a copy of all but an embedding.
+
+    The head is turned, also where it is the embedding: a product with few rows streams [d, V] at the memory's pace,
+    [V, d] at a third to three quarters of it (XLA:CPU).
+    """
     layers, states, moe_layer = [], [], 0
     for run, (kind, group) in enumerate(groupby(config.layer_kinds)):
         for i, _ in enumerate(group):
@@ -58,7 +62,7 @@ def unstacked(config: ModelConfig, params: Any, router_state: Any) -> Weights:
             states.append(of_layer)
             moe_layer += kind == "moe"
     head = params["embedding"] if config.tie_embeddings else params["head"]
-    return Weights(params["embedding"], head, params["final_norm"], tuple(layers), tuple(states))
+    return Weights(params["embedding"], jnp.transpose(head), params["final_norm"], tuple(layers), tuple(states))
 
 
 def empty_caches(config: ModelConfig, batch: int, slots: int) -> tuple[Cache, ...]:
@@ -135,7 +139,7 @@ def advance(
     segment_ids = (offsets < lengths[:, None]).astype(jnp.int32)
     hidden, caches = cached_forward(config, weights, tokens, segment_ids, start[:, None] + offsets, caches)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    logits = jnp.einsum("bd,vd->bv", last, weights.head.astype(last.dtype), preferred_element_type=jnp.float32)
+    logits = jnp.dot(last, weights.head.astype(last.dtype), preferred_element_type=jnp.float32)
     return sample(logits, sampling, key), caches
 
 

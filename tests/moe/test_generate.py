@@ -73,13 +73,13 @@ def test_prefill_then_decode_equals_the_full_forward(name):
     prompt = np.where(real, tokens[:, :7], 0)
     positions = np.broadcast_to(np.arange(7), (2, 7))
     hidden, caches = forward(prompt, real.astype(np.int32), positions, caches)
-    got = np.asarray(hidden @ weights.head.T)
+    got = np.asarray(hidden @ weights.head)
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(got[row, :length], want[row, :length], atol=2e-5)
     for i in range(7):
         at = (lengths + i)[:, None]
         hidden, caches = forward(np.take_along_axis(tokens, at, axis=1), np.ones((2, 1), np.int32), at, caches)
-        got = np.asarray(hidden @ weights.head.T)[:, 0]
+        got = np.asarray(hidden @ weights.head)[:, 0]
         np.testing.assert_allclose(got, want[np.arange(2), at[:, 0]], atol=2e-5, err_msg=f"token {i}")
 
 
