@@ -22,7 +22,7 @@ from experiments.overrides import flatten
 from experiments.step import TrainState, init_state, make_optimizer, state_shardings
 from moe.config import ModelConfig, require
 from moe.transformer import init_router_state
-from moe.upcycle import check, initial, leaf_shapes, upcycle
+from moe.upcycle import check, check_around, initial, leaf_shapes, upcycle
 from parallel.checkpoint import Checkpoints
 
 
@@ -66,11 +66,12 @@ def open_source(config: RunConfig, parent: Parent | None) -> Source | None:
 
 
 def check_source(config: RunConfig, source: Source) -> None:
-    """ValueError unless the source's leaves have the shapes of `config.model` (it names the first that has not), or can
-    be upcycled to it."""
+    """ValueError unless the source is a model like `config.model`, its leaves of the same shapes (it names the first
+    that is not), or can be upcycled to it."""
     if config.init.upcycle:
         check(source.model, config.model, config.init.upcycle)
         return
+    check_around(source.model, config.model)
     whole = lambda model: lambda: (initial(model, jax.random.key(0)), init_router_state(model))  # noqa: E731
     got, wanted = (leaf_shapes(jax.eval_shape(whole(model))) for model in (source.model, config.model))
     for name in wanted | got:

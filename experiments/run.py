@@ -17,7 +17,7 @@ from experiments.config import PARENT, RunConfig
 from experiments.data.corpus import open_corpus
 from experiments.dry_run import dry_run
 from experiments.experiment import Arm, Experiment, Preset, Study, load, planned, preset_of, trained
-from experiments.initial import Parent, check_source, open_source
+from experiments.initial import Parent
 from experiments.logs import check_loggers
 from experiments.output import contents, elapsed, probe, stopwatch, write_json
 from experiments.overrides import flatten, with_overrides
@@ -60,10 +60,7 @@ def run(
     preset = select(preset_of(experiment, preset_name), arms, settings, seeds)
     check_loggers(loggers)
     for config in planned(preset).values():
-        check(config, open_corpus(config.data))
-        source = open_source(config, parent_of(preset, config, 0, out))
-        if source is not None:
-            check_source(config, source)
+        check(config, open_corpus(config.data), parent_of(preset, config, 0, out))
     prepare(out, experiment, preset_name, preset)
     with stopwatch(out / WALL) if is_primary() else nullcontext():
         results = train_all(experiment.name, preset, out, commit, console, loggers, profile)
@@ -225,9 +222,10 @@ def collect(
     verdicts = judged(preset, arms)
     series = {arm: [results[arm, seed].series for seed in range(preset.seeds)] for arm in preset.arms}
     configs = {name: settings_of(arm) for name, arm in everything(preset).items()}
-    for flat in configs.values():
-        if "data.corpus" in flat:  # where a corpus lies says nothing to others; corpus_hash says which it is
-            flat["data.corpus"] = Path(flat["data.corpus"]).resolve().name
+    for flat in configs.values():  # where a corpus or a model lies says nothing to others
+        for key in ("data.corpus", "init.source"):
+            if flat.get(key):
+                flat[key] = Path(flat[key]).resolve().name
     return {
         "experiment": experiment.name,
         "preset": preset_name,

@@ -83,10 +83,8 @@ def fit(
     require(total >= 1, "steps", total, "at least 1")
     check_loggers(loggers)
     corpus = open_corpus(config.data)
-    check(config, corpus)
+    check(config, corpus, parent)
     source = open_source(config, parent)
-    if source is not None:
-        check_source(config, source)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.expert)
     tx = make_optimizer(config.optimizer, config.steps)
     with ExitStack() as stack:
@@ -118,8 +116,8 @@ def fit(
     return FitResult(metrics, series | loss_curve(rows))
 
 
-def check(config: RunConfig, corpus: Corpus) -> None:
-    """What only becomes visible with the corpus and the devices at hand."""
+def check(config: RunConfig, corpus: Corpus, parent: Parent | None = None) -> None:
+    """What only becomes visible with the corpus, the parameters to start from and the devices at hand."""
     require(
         config.model.vocab_size >= corpus.vocab_size,
         "model.vocab_size",
@@ -132,6 +130,9 @@ def check(config: RunConfig, corpus: Corpus) -> None:
         make_router(config.model.moe)
     make_optimizer(config.optimizer, config.steps)
     make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.expert)
+    source = open_source(config, parent)
+    if source is not None:
+        check_source(config, source)
     processes = jax.process_count()
     per_pass = config.batch_size // config.accumulation
     require(

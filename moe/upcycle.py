@@ -43,11 +43,12 @@ from jax import Array
 
 from moe.config import ModelConfig, MoEConfig, require
 from moe.policies import Dropless, make_policy
-from moe.routing import from_spec, make_router
+from moe.routing import from_spec, make_router, parse_call
 from moe.transformer import Transformer, init_router_state
 
-# What may differ between the dense model and its target: which layers are experts, and how it computes.
+# What may differ between a model and one that takes its parameters: which layers are experts, and how it computes.
 FREE = ("moe", "first_dense", "moe_every", "dense_layers", "init_std", "remat", "compute_dtype", "unroll", "context")
+METHODS = ("copy", "split", "drop")
 TOLERANCE = 1e-5  # of the weights' sum between tokens
 SUMS = "combine weights with one sum for every token, over every shard (such as softmax_topk, renormalised)"
 
@@ -193,6 +194,8 @@ def drop(ratio: float = 0.5, router_std: float = 0.02) -> Drop:
 
 def make_method(spec: str) -> Method:
     """`copy`, `split(shards=2)`, `drop(ratio=0.5)`, or an import path of a factory; ValueError for anything else."""
+    name = parse_call(spec, "upcycle")[0]
+    require(":" in name or name in METHODS, "upcycle", spec, f"one of {', '.join(METHODS)}, or package.module:factory")
     method = from_spec(spec, "moe.upcycle:{}", "upcycle")
     require(all(hasattr(method, name) for name in ("shards", "router_std", "widths")), "upcycle", spec, "a Method")
     require(method.router_std > 0, "upcycle router_std", method.router_std, "above 0: equal logits choose expert 0")
@@ -208,7 +211,7 @@ def upcycled_config(dense: ModelConfig, method: str, num_experts: int, top_k: in
     routed = dense.ffn_dim - shared
     fits = routed > 0 and routed % shards == 0
     require(fits, "moe.shared_dim", shared, f"ffn_dim - shared_dim = {routed} to be shards of equal width")
-    made = MoEConfig(num_experts, top_k, routed // shards, expert_bias=dense.ffn_bias, **moe)
+    made = MoEConfig(num_experts, top_k, routed // shards, **{"expert_bias": dense.ffn_bias} | moe)
     target = replace(dense, moe=made)
     check(dense, target, method)
     return target
@@ -220,9 +223,7 @@ def check(dense: ModelConfig, target: ModelConfig, spec: str) -> None:
     require(dense.moe is None, "upcycle model.moe", dense.moe, "None: a dense model to start from")
     if moe is None or not target.num_moe_layers:
         raise ValueError(f"model.moe = {moe!r}: expected MoE layers to make by {spec}")
-    for field in dataclasses.fields(ModelConfig):
-        mine, theirs = getattr(target, field.name), getattr(dense, field.name)
-        require(field.name in FREE or mine == theirs, f"model.{field.name}", mine, f"the dense model's {theirs!r}")
+    check_around(dense, target)
     width = method.widths(moe)
     parts = f"{method.shards} x moe.expert_dim + moe.shared_dim = {width} to be the dense ffn_dim = {dense.ffn_dim}"
     require(width == dense.ffn_dim, "moe.expert_dim", moe.expert_dim, parts)
@@ -234,6 +235,13 @@ def check(dense: ModelConfig, target: ModelConfig, spec: str) -> None:
     dropless = isinstance(make_policy(moe), Dropless)
     require(dropless, "moe.policy", moe.policy, "dropless: a dropped token loses its FFN")
     shard_mass(moe, method.shards)
+
+
+def check_around(source: ModelConfig, target: ModelConfig) -> None:
+    """ValueError unless both compute the same but for their FFNs, so that parameters mean the same in both."""
+    for field in dataclasses.fields(ModelConfig):
+        mine, theirs = getattr(target, field.name), getattr(source, field.name)
+        require(field.name in FREE or mine == theirs, f"model.{field.name}", mine, f"{theirs!r}, as in the source")
 
 
 @functools.lru_cache(maxsize=64)
