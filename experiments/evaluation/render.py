@@ -27,13 +27,16 @@ def print_tables(result: dict[str, Any], console: Console) -> None:
         console.print(table)
     if tasks:
         chat = ", chat template" if result["chat"] else ""
-        table = _table(f"{result['model']}: tasks, {result['split']} split{chat}; 95% intervals",
-                       ("task", ">examples", ">too long", ">accuracy", "", ">per byte", ">majority", "", "verdict"))
+        cut = any(row["too_long"] for row in tasks.values())
+        table = _table(f"{result['model']}: tasks, {result['split']} split{chat}",
+                       ("task", ">n", *[">too\nlong"] * cut, ">accuracy (95%)", ">per\nbyte", ">majority",
+                        "against\nmajority"))
         for name, row in tasks.items():
+            low, high = row["accuracy"]["interval"]
             per_byte = f"{row['accuracy_per_byte']['share']:.3f}" if "accuracy_per_byte" in row else "-"
-            table.add_row(name, f"{row['examples']:,}", str(row["too_long"]), f"{row['accuracy']['share']:.3f}",
-                          _interval(row["accuracy"]), per_byte, f"{row['majority']['share']:.3f}",
-                          _interval(row["majority"]), verdict(row))
+            table.add_row(name, f"{row['examples']:,}", *[str(row["too_long"])] * cut,
+                          f"{row['accuracy']['share']:.3f} ({low:.2f}-{high:.2f})", per_byte,
+                          f"{row['majority']['share']:.3f}", verdict(row))
         console.print(table)
 
 
@@ -41,7 +44,7 @@ def verdict(row: dict[str, Any]) -> str:
     """Whether the accuracy's interval lies above, below or around the majority rate."""
     low, high = row["accuracy"]["interval"]
     constant = row["majority"]["share"]
-    return "above majority" if low > constant else "below majority" if high < constant else "not told apart"
+    return "above" if low > constant else "below" if high < constant else "unclear"
 
 
 @styled
@@ -93,11 +96,6 @@ def _by_kind(result: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[st
     rows = result["results"]
     return ({name: row for name, row in rows.items() if row["kind"] == "bpb"},
             {name: row for name, row in rows.items() if row["kind"] != "bpb"})
-
-
-def _interval(values: dict[str, Any]) -> str:
-    low, high = values["interval"]
-    return f"{low:.2f}-{high:.2f}"
 
 
 def _table(title: str, columns: tuple[str, ...]) -> Table:
