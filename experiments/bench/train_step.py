@@ -7,7 +7,6 @@ Ratios are medians of per-round ratios.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,7 +19,7 @@ from rich.console import Console
 
 from experiments.bench import report
 from experiments.bench.peak import SQUARES
-from experiments.bench.protocol import Worker, WorkerError, closing_all, interleave
+from experiments.bench.protocol import Worker, WorkerError, check_peer, closing_all, interleave
 from experiments.bench.shape import StepShape
 from experiments.bench.worktree import ROOT, resolve_revision, worktree
 from experiments.output import write_json
@@ -77,12 +76,7 @@ def check_arguments(json: Path, peer_python: Path | None, against: str | None, r
     """Raises ValueError for bad input; returns the commit of `against`."""
     require(rounds >= 1, "rounds", rounds, "at least 1")
     report.check_output(json)
-    if peer_python is not None:
-        require(os.access(peer_python, os.X_OK) and peer_python.is_file(), "peer_python", str(peer_python),
-                "an executable Python interpreter")  # fmt: skip
-        look = "from importlib.util import find_spec as f; raise SystemExit(not (f('torch') and f('transformers')))"
-        has_both = subprocess.run([str(peer_python), "-c", look], capture_output=True, check=False).returncode == 0
-        require(has_both, "peer_python", str(peer_python), "an interpreter that has torch and transformers")
+    check_peer(peer_python)
     return resolve_revision(against, WORKER) if against else None
 
 

@@ -1,0 +1,148 @@
+"""Our side of `bench generate`: loads a model, generates greedily from a random prompt and answers commands.
+
+Arguments: the model, the number of prompt tokens and of new ones, as JSON.
+
+`warm` compiles, `run` times the prompt and every further token, `probe` adds samples of the memory's pace, `program`
+says what XLA counts for one token. Run as a module from a source tree, it measures that tree.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from experiments.bench.protocol import open_channel, serve
+from experiments.memory import keep_memory
+
+keep_memory()
+channel = open_channel()
+
+import os  # noqa: E402
+import platform  # noqa: E402
+import time  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from concurrent.futures import ThreadPoolExecutor  # noqa: E402
+from functools import partial  # noqa: E402
+from importlib.metadata import version  # noqa: E402
+from json import loads  # noqa: E402
+from typing import Any  # noqa: E402
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from experiments.bench.peak import seconds_of  # noqa: E402
+from moe.config import ModelConfig  # noqa: E402
+from moe.generate import Generator, Sampling, Weights, advance, check_prompts, empty_caches  # noqa: E402
+from moe.pretrained.model import load  # noqa: E402
+
+STREAM_BYTES = 2**29  # far beyond any cache
+
+
+def random_prompt(vocab_size: int, length: int) -> list[int]:
+    """The prompt of both sides."""
+    return np.random.default_rng(0).integers(0, vocab_size, length).tolist()
+
+
+def weight_bytes(config: ModelConfig, weights: Weights) -> int:
+    """Bytes of weights that one token cannot do without: every layer, of experts the chosen ones, the head, one row of
+    the embedding."""
+    chosen = config.moe.top_k / config.moe.num_experts if config.moe else 1.0
+    total = weights.head.nbytes + weights.embedding.nbytes // config.vocab_size
+    for path, leaf in jax.tree_util.tree_leaves_with_path((weights.final_norm, weights.layers)):
+        in_experts = any(getattr(key, "key", None) == "experts" for key in path)
+        total += round(leaf.nbytes * (chosen if in_experts else 1.0))
+    return total
+
+
+def cache_bytes(config: ModelConfig, positions: float) -> int:
+    """Bytes of keys and values that attention over so many positions reads; a window ends it earlier."""
+    windows = config.windows or (0,) * config.num_layers
+    caches = jax.eval_shape(partial(empty_caches, config, 1, 1))
+    of_layer = (sum(leaf.size * leaf.dtype.itemsize for leaf in cache) for cache in caches)
+    return round(sum(n * min(positions, window or positions) for n, window in zip(of_layer, windows, strict=True)))
+
+
+class StreamMeter:
+    """The pace at which this machine reads memory that is in no cache: the fastest of three ways to reduce an array."""
+
+    def __init__(self, size: int = STREAM_BYTES) -> None:
+        flat = np.ones(size // 4, np.float32)
+        threads = os.cpu_count() or 1
+        shares, rows = np.array_split(flat, threads), jnp.asarray(flat.reshape(-1, 4096))
+        wide = rows.reshape(4096, -1)
+        pool, one = ThreadPoolExecutor(threads), jnp.ones(4096)
+        sums, product = jax.jit(lambda a: a.sum(axis=1)), jax.jit(lambda v, a: v @ a)
+        self.bytes = size
+        self.ways: dict[str, Callable[[], Any]] = {
+            "NumPy sum, a thread per core": lambda: list(pool.map(np.sum, shares)),
+            "XLA row sums": lambda: sums(rows),
+            "XLA vector-matrix product": lambda: product(one, wide),
+        }
+        self.best = dict.fromkeys(self.ways, 0.0)
+        for way in self.ways.values():
+            way()
+
+    def probe(self) -> dict[str, float]:
+        """One more sample of each way; bytes per second of the fastest sample of each so far."""
+        for name, way in self.ways.items():
+            self.best[name] = max(self.best[name], self.bytes / seconds_of(way))
+        return self.best
+
+
+class Bench:
+    """Holds the model between commands; every method answers one command."""
+
+    def __init__(self, model: str, prompt_tokens: int, new_tokens: int) -> None:
+        loaded = load(model)
+        self.config, self.new_tokens = loaded.config, new_tokens
+        self.prompt = random_prompt(self.config.vocab_size, prompt_tokens)
+        check_prompts(self.config, [self.prompt], new_tokens)
+        self.generator = Generator(loaded)
+        self.parameters = sum(leaf.size for leaf in jax.tree.leaves(loaded.params))
+        self.meter: StreamMeter | None = None
+
+    def facts(self) -> dict[str, Any]:
+        weights, positions = self.generator.weights, len(self.prompt) + (self.new_tokens + 1) / 2
+        return {
+            "parameters": self.parameters,
+            "weight_bytes": weight_bytes(self.config, weights),
+            "cache_bytes": cache_bytes(self.config, positions),
+            "vocab_size": self.config.vocab_size,
+            "versions": {"python": platform.python_version(), "jax": jax.__version__, "jaxlib": version("jaxlib")},
+            "device": jax.devices()[0].device_kind,
+        }
+
+    def run(self) -> dict[str, Any]:
+        tokens, times = [], [time.perf_counter()]
+        for new in self.generator([self.prompt], max_new_tokens=self.new_tokens):
+            tokens.append(int(new[0]))
+            times.append(time.perf_counter())
+        first, *rest = np.diff(times).tolist()
+        return {"prefill_seconds": first, "token_seconds": rest, "tokens": tokens}
+
+    def warm(self) -> dict[str, Any]:
+        self.run()
+        return self.run()
+
+    def probe(self) -> dict[str, float]:
+        self.meter = self.meter or StreamMeter()
+        return self.meter.probe()
+
+    def program(self) -> dict[str, float]:
+        """What XLA counts for the compiled step of one token at this cache's size."""
+        slots = -(-(len(self.prompt) + self.new_tokens) // 32) * 32
+        one = jnp.ones((1,), jnp.int32)
+        lowered = advance.lower(self.config, Sampling(), self.generator.weights, one[:, None], one, one,
+                                empty_caches(self.config, 1, slots), jax.random.key(0))  # fmt: skip
+        costs = lowered.compile().cost_analysis() or {}
+        return {name: float(costs.get(name, float("nan"))) for name in ("bytes accessed", "flops")}
+
+
+def main() -> None:
+    bench = Bench(**loads(sys.argv[1]))
+    commands = {"warm": bench.warm, "run": bench.run, "probe": bench.probe, "program": bench.program}
+    serve(channel, bench.facts(), commands)
+
+
+if __name__ == "__main__":
+    main()
