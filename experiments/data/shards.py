@@ -88,8 +88,12 @@ class DomainWriter:
         self.lengths.append(len(tokens) + 1)
         self.shares.append(unit_hash(digest))
 
-    def finish(self) -> dict[str, Any]:
-        """Writes the split files; returns {split: {tokens, documents, sha256, offsets_sha256}}."""
+    def finish(self, splits: np.ndarray | None = None) -> dict[str, Any]:
+        """Writes the split files; returns {split: {tokens, documents, sha256, offsets_sha256}}.
+
+        Args:
+          splits: index into SPLITS of each document [n]; None lets the digests decide.
+        """
         lengths, shares = np.array(self.lengths, np.int64), np.array(self.shares)
         if len(lengths) < MIN_DOCUMENTS:
             raise DataError(f"domain {self.name!r} has {len(lengths)} distinct document(s): expected at least "
@@ -97,7 +101,7 @@ class DomainWriter:
         self._spool.flush()
         spool = np.memmap(self._spool.name, self.dtype, "r")
         starts = np.concatenate([[0], np.cumsum(lengths)])
-        splits = assign_splits(shares)
+        splits = assign_splits(shares) if splits is None else splits
         out = {split: self._write(split, spool, starts, np.flatnonzero(splits == i)) for i, split in enumerate(SPLITS)}
         del spool
         self.close()

@@ -1,4 +1,7 @@
-"""Text to token ids: bytes, or byte-level BPE through the optional `tokenizers`. Token 0 ends a document in both."""
+"""Text to token ids: bytes, or byte-level BPE through the optional `tokenizers`, one's own or a pretrained model's.
+
+Token 0 ends a document in all of them.
+"""
 
 from __future__ import annotations
 
@@ -68,6 +71,24 @@ class BpeTokenizer:
 
     def decode(self, tokens: np.ndarray) -> str:
         return self.inner.decode([int(t) for t in tokens], skip_special_tokens=True)
+
+
+class SmolLM2Tokenizer(BpeTokenizer):
+    """The vocabulary of SmolLM2 (49,152): what `--model smollm2` reads and predicts. Its <|endoftext|> is token 0."""
+
+    name = "smollm2"
+
+    @classmethod
+    def packaged(cls) -> SmolLM2Tokenizer:
+        """Raises ValueError if the model was not fetched (names the command)."""
+        from moe.pretrained.smollm2 import smollm2_tokenizer
+
+        return cls(smollm2_tokenizer().inner)
+
+    def encode(self, text: str) -> np.ndarray:
+        # Special tokens written out in a text are plain characters: none may become token 0 or open a chat.
+        self.inner.encode_special_tokens = True
+        return np.array(self.inner.encode(text.replace("\0", ""), add_special_tokens=False).ids, np.uint32)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:

@@ -116,7 +116,7 @@ def test_bpe_round_trips_and_token_zero_only_ends_documents(tmp_path):
     ("a.jsonl", '{"text": 3}\n', {}, r"line 1: text = 3: expected a string"),
     ("a.jsonl", '{"text": "a", "domain": "d"}\n{"text": "b"}\n', {}, r"line 2: no key 'domain': expected it in all"),
     ("a.jsonl", '{"text": "a"}\n', {"domain_key": "topic"}, r"line 1: no key 'topic'"),
-    ("a.jsonl", '{"text": "a"}\n', {"tokenizer": "words"}, r"tokenizer = 'words': expected byte or bpe"),
+    ("a.jsonl", '{"text": "a"}\n', {"tokenizer": "words"}, r"tokenizer = 'words': expected byte, bpe or smollm2"),
     ("a.jsonl", '{"text": "a"}\n', {"tokenizer": "bpe", "vocab_size": 256}, r"vocab_size = 256: expected at least 257"),
     ("a.parquet", "PAR1 no", {}, r"cannot be read as parquet"),
 ])

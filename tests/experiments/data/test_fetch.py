@@ -15,7 +15,7 @@ from rich.console import Console
 from experiments.config import DataConfig
 from experiments.data import DataError, commands, extract, fetch
 from experiments.data.corpus import load_directory, open_corpus
-from experiments.data.packages import ARCHIVES, DOMAINS, Archive, Domain
+from experiments.data.packages import ARCHIVES, DOMAINS, Archive, Domain, Rights
 
 SHARED = "a paragraph that two documents share, long enough to count"
 QUIET = Console(file=io.StringIO())
@@ -30,8 +30,8 @@ def made(tmp_path, make_wheel):
     (tmp_path / "archives").mkdir()
     sha = make_wheel(tmp_path / "archives" / "toy-1.0-py3-none-any.whl", members)
     paragraphs = lambda members: (extract.paragraphs(raw.decode()) for _, raw in members)  # noqa: E731
-    domains = tuple(Domain(kind, "toy", f"toy/{kind}/.*", paragraphs, "MIT", rights, "numbers")
-                    for kind, rights in (("a", "clear"), ("b", "unclear")))
+    rights: dict[str, Rights] = {"a": "clear", "b": "unclear"}
+    domains = tuple(Domain(kind, "toy", f"toy/{kind}/.*", paragraphs, "MIT", rights[kind], "numbers") for kind in "ab")
     return tmp_path, (Archive("toy", "1.0", "wheel", 1.0, sha),), domains
 
 

@@ -4,6 +4,7 @@ import gc
 import io
 import json
 import weakref
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -264,7 +265,7 @@ def file_of(header, data=b"", *, length=None):
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data
 
 
-def entry(begin, end, dtype="F32", shape=(2,)):
+def entry(begin, end, dtype: Any = "F32", shape=(2,)):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
 
 
