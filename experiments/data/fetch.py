@@ -26,13 +26,11 @@ from experiments.data.packages import (
     DOMAINS,
     MODELS,
     RECIPE_VERSION,
-    TASK_ARCHIVES,
     Archive,
     Domain,
     PackagedModel,
 )
 from experiments.data.shards import DomainWriter, atomic_directory, clear_leftovers, write_index
-from moe.config import require
 
 MIN_DEDUP_BYTES = 40  # shorter paragraphs ("import re", "Yes") are language, not leakage
 MIN_DOCUMENT_BYTES = 64
@@ -129,13 +127,6 @@ def ensure_archive(archive: Archive, root: Path | None = None, console: Console 
     clear_leftovers(folder, PART_PREFIX)
     with percent_bars(console) as progress:
         return _download((archive,), folder, progress)[archive.package]
-
-
-def fetch_package(name: str, root: Path | None = None, console: Console | None = None) -> Path:
-    """`ensure_archive` of the pinned package of that name: of the corpus, a model's, or a task's."""
-    pins = {a.package: a for a in (*ARCHIVES, *TASK_ARCHIVES, *(model.archive for model in MODELS))}
-    require(name in pins, "package", name, f"one of {', '.join(sorted(pins))}")
-    return ensure_archive(pins[name], root, console)
 
 
 def fetch_models(root: Path, console: Console | None = None,

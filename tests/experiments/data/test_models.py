@@ -76,13 +76,10 @@ def test_a_full_disk_is_one_clear_error(made, monkeypatch):
         fetch.fetch_models(root, QUIET, (model,))
 
 
-def test_packages_are_fetched_by_name(made, monkeypatch):
+def test_an_archive_that_is_there_is_not_downloaded_again(made, monkeypatch):
     root, model = made
-    monkeypatch.setattr(fetch, "TASK_ARCHIVES", (model.archive,))
     monkeypatch.setattr(fetch, "fetch_archive", lambda *a: pytest.fail("downloaded again"))
-    assert fetch.fetch_package("toy", root, QUIET) == root / "archives" / "toy-1.0-py3-none-any.whl"
-    with pytest.raises(ValueError, match=r"package = 'numpy': expected one of Django, licensedcode-data, .*, toy"):
-        fetch.fetch_package("numpy", root, QUIET)
+    assert fetch.ensure_archive(model.archive, root, QUIET) == root / "archives" / "toy-1.0-py3-none-any.whl"
 
 
 def test_a_package_that_is_not_there_is_downloaded_with_its_pin(tmp_path, monkeypatch):
@@ -94,8 +91,8 @@ def test_a_package_that_is_not_there_is_downloaded_with_its_pin(tmp_path, monkey
 
     monkeypatch.setattr(fetch, "fetch_archive", download)
     monkeypatch.setenv("SWITCHYARD_DATA", str(tmp_path))
-    assert fetch.fetch_package("evals", console=QUIET) == tmp_path / "archives" / "there.whl"
-    assert asked == [("evals==3.0.1.post1", tmp_path / "archives")]
+    assert fetch.ensure_archive(TASK_ARCHIVES[0], console=QUIET) == tmp_path / "archives" / "there.whl"
+    assert asked == [(TASK_ARCHIVES[0].pin, tmp_path / "archives")]
 
 
 def test_the_corpus_alone_is_fetched_unless_models_are_asked_for(made, monkeypatch):
