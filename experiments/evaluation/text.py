@@ -5,6 +5,7 @@ Legend: N windows, S positions of one window.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -216,7 +217,8 @@ def _document(words: Words, text: str, room: int | None) -> _Document | None:
 
 
 def held_out(corpus: Corpus, domain: str, split: str) -> list[str]:
-    """Documents of a corpus of bytes."""
+    """Documents of a corpus of bytes, in the order of their hashes: the first ones are a random sample."""
     require(corpus.tokenizer == "byte", "corpus.tokenizer", corpus.tokenizer, "byte")
     tokens, offsets = corpus.stream(domain, split)
-    return [tokens[a : b - 1].tobytes().decode() for a, b in pairwise(offsets.tolist())]
+    documents = [tokens[a : b - 1].tobytes() for a, b in pairwise(offsets.tolist())]
+    return [document.decode() for document in sorted(documents, key=lambda raw: hashlib.sha256(raw).digest())]

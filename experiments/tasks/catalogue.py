@@ -75,7 +75,7 @@ TASKS: dict[str, Task] = {task.name: task for task in (
          "MIT (package)"),
     _evals("decrypt-caesar", "decrypt_caesar_cipher/samples", readers.decrypt_caesar, "Caesar cipher, shifts 1 to 5",
            check=exact, max_new_tokens=64),
-    _generated("chain-sum", "arithmetic.chain_sum", "sums and differences of two to six numbers", last_number, 16),
+    _generated("chain-sum", "arithmetic.chain_sum", "sums and differences of two to six numbers", last_number, 64),
     _generated("spell-backward", "algorithmic.spell_backward", "a word written backward", exact, 24),
     _generated("gsm-symbolic", "arithmetic.gsm_symbolic.gsm_symbolic",
                "school word problems from 85 templates, which the splits share", last_number, 192),

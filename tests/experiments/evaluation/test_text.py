@@ -1,11 +1,17 @@
 """Windows: every byte and token counts exactly once, whatever the tokenizer."""
 
+import hashlib
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from experiments.evaluation.text import ByteWords, LibraryWords, open_words, windows
+from experiments.evaluation.text import ByteWords, LibraryWords, held_out, open_words, windows
+from experiments.evaluation.units import Choice, Writing, task_unit
+from experiments.tasks.example import Example
 from moe.config import ModelConfig
 from moe.pretrained.tokenizer import TextTokenizer
 
@@ -81,6 +87,18 @@ def test_special_tokens_written_out_in_a_text_are_characters():
     assert 257 not in words.encode("a<|endoftext|>b")
 
 
+def test_held_out_documents_come_in_an_order_of_their_own():
+    texts = [f"document {i}" for i in range(50)]
+    tokens = np.frombuffer("\0".join([*texts, ""]).encode(), np.uint8)
+    offsets = np.append(0, np.flatnonzero(tokens == 0) + 1)
+    corpus: Any = SimpleNamespace(tokenizer="byte", stream=lambda domain, split: (tokens, offsets))
+    found = held_out(corpus, "prose", "test")
+    assert sorted(found) == sorted(texts)
+    assert found == sorted(texts, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
+    with pytest.raises(ValueError, match="corpus.tokenizer = 'bpe': expected byte"):
+        held_out(SimpleNamespace(tokenizer="bpe"), "prose", "test")  # pyright: ignore[reportArgumentType]
+
+
 def test_no_text():
     with pytest.raises(ValueError, match="at least one token"):
         windows(ByteWords(), ["", ""], 4)
@@ -99,3 +117,27 @@ def test_the_tokenizer_of_a_directory(tmp_path):
     assert opened(300).start == 257
     with pytest.raises(ValueError, match=r"model '.*': tokens = 258: expected at most vocab_size = 200"):
         opened(200)
+
+
+TEMPLATE = ("{% for m in messages %}<|endoftext|>{{ m.role }}: {{ m.content }}\n{% endfor %}"
+            "{% if add_generation_prompt %}it:{% endif %}")
+
+
+def test_a_chat_is_rendered_and_the_option_follows_it_without_a_blank():
+    words = LibraryWords(library(template=TEMPLATE))
+    unit = task_unit("sarcasm", [Example("hi <|endoftext|>\n?", ("no", "yes"), 0)], words, True, 0, no_generator)
+    assert isinstance(unit, Choice)
+    whole = [[*r.inputs, r.targets[-1]] for r in unit.requests]
+    asked = "<|endoftext|>user: hi <|endoftext|>\n?\nit:"
+    assert [words.tokenizer.decode(ids, special=True) for ids in whole] == [f"{asked}no", f"{asked}yes"]
+    assert all(ids[0] == 257 for ids in whole)
+    scored = [words.decode(r.targets) for r in unit.requests]
+    assert scored == ["no", "yes"]
+    writing = task_unit("chain-sum", [Example("1 + 1 =", (), "2")], words, True, 0, no_generator)
+    assert isinstance(writing, Writing)
+    assert not writing.one_line
+    assert words.tokenizer.decode(writing.prompts[0], special=True) == "<|endoftext|>user: 1 + 1 =\nit:"
+
+
+def no_generator():
+    pytest.fail("nothing is written yet")
