@@ -211,7 +211,8 @@ def upcycled_config(dense: ModelConfig, method: str, num_experts: int, top_k: in
     routed = dense.ffn_dim - shared
     fits = routed > 0 and routed % shards == 0
     require(fits, "moe.shared_dim", shared, f"ffn_dim - shared_dim = {routed} to be shards of equal width")
-    made = MoEConfig(num_experts, top_k, routed // shards, **{"expert_bias": dense.ffn_bias} | moe)
+    moe.setdefault("expert_bias", dense.ffn_bias)
+    made = MoEConfig(num_experts, top_k, routed // shards, **moe)
     target = replace(dense, moe=made)
     check(dense, target, method)
     return target

@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +39,15 @@ def batch():
     return tokens, jnp.ones((2, S), jnp.int32), jnp.broadcast_to(jnp.arange(S)[None], (2, S))
 
 
+def scores(params, state, config, key):
+    out: Any = Transformer(config).apply({"params": params}, *batch(), state, key)
+    return out.hidden @ out.head.T
+
+
 @functools.partial(jax.jit, static_argnames=("config", "training"))
 def logits(params, state, *, config, training=False):
     key = jax.random.key(7) if training else None
-    out = Transformer(config).apply({"params": params}, *batch(), state, key)
-    return out.hidden @ out.head.T
+    return scores(params, state, config, key)
 
 
 def target_of(dense, method, experts, k, layers=None, **moe):
@@ -188,9 +193,8 @@ def test_copies_repeat_the_whole_row_of_shards():
 
 
 def loss(params, state, config):
-    out = Transformer(config).apply({"params": params}, *batch(), state, jax.random.key(0))
-    scores = jax.nn.log_softmax(out.hidden @ out.head.T)
-    return -jnp.mean(jnp.take_along_axis(scores[:, :-1], batch()[0][:, 1:, None], axis=-1))
+    likely = jax.nn.log_softmax(scores(params, state, config, jax.random.key(0)))
+    return -jnp.mean(jnp.take_along_axis(likely[:, :-1], batch()[0][:, 1:, None], axis=-1))
 
 
 def test_copies_hide_the_router_from_the_loss_until_they_differ_shards_do_not():
@@ -211,7 +215,7 @@ def test_copies_hide_the_router_from_the_loss_until_they_differ_shards_do_not():
 
 
 def moe(**changes):
-    return replace(DENSE, moe=MoEConfig(**{"num_experts": 8, "top_k": 2, "expert_dim": F} | changes))
+    return replace(DENSE, moe=replace(MoEConfig(num_experts=8, top_k=2, expert_dim=F), **changes))
 
 
 HALVES = {"expert_dim": F // 2}
