@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from itertools import pairwise
+from statistics import median
 from typing import Any, TextIO
 
 from experiments.evaluation.text import Words, open_words
@@ -83,7 +85,7 @@ def tokens_of(words: Words, prompt: str, raw: bool) -> list[int]:
 
 
 def summary(prompt: int, times: list[float]) -> str:
-    """Tokens and their pace; the first one is that of the prompt, compiling included."""
-    first, rest = times[1] - times[0], times[-1] - times[1]
-    pace = f", then {(len(times) - 2) / rest:.1f} tokens/s" if len(times) > 3 else ""
+    """Tokens and their pace: the prompt's and the first after it include compiling, the median token does not."""
+    first, *rest = (after - before for before, after in pairwise(times))
+    pace = f", then {1 / median(rest):.1f} tokens/s" if len(rest) > 2 else ""
     return f"[{prompt} prompt tokens, first of {len(times) - 1} after {first:.1f} s{pace}]"
