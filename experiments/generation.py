@@ -44,7 +44,7 @@ def generate_text(
     Raises:
       ValueError: no such model, no tokenizer, an empty prompt, a prompt longer than the context, options out of range.
     """
-    stream = stream or sys.stdout
+    out = stream or sys.stdout
     require(bool(prompt), "prompt", prompt, "some text")
     if loaded is None:
         from moe.pretrained.model import load
@@ -64,8 +64,8 @@ def generate_text(
     def show(part: str) -> None:
         nonlocal text
         text += part
-        stream.write(part)
-        stream.flush()
+        out.write(part)
+        out.flush()
 
     for token in made:
         times.append(time.perf_counter())
@@ -73,7 +73,7 @@ def generate_text(
             break
         show(decoder.push(int(token[0])))
     show(decoder.finish())
-    stream.write("\n")
+    out.write("\n")
     print(summary(len(ids), times), file=sys.stderr)
     return text
 

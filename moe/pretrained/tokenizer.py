@@ -12,7 +12,7 @@ import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from moe.config import require
 from moe.pretrained.gguf import EXTRA, GGUFError, GGUFFile, end_tokens, read_gguf
@@ -103,11 +103,17 @@ class TextTokenizer:
         return StreamDecoder(self)
 
 
+class Decodes(Protocol):
+    """All that a stream needs of a tokenizer."""
+
+    def decode(self, ids: Sequence[int], /) -> str: ...
+
+
 class StreamDecoder:
     """Turns tokens into text as they come: never half a character, and in sum what `decode` says of all of them (bytes
     that are no UTF-8 may become another number of U+FFFD)."""
 
-    def __init__(self, tokenizer: TextTokenizer):
+    def __init__(self, tokenizer: Decodes):
         self._tokenizer = tokenizer
         self._before: list[int] = []  # the last tokens that were printed whole: what follows may depend on them
         self._held: list[int] = []
