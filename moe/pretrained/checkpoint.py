@@ -47,7 +47,7 @@ QUANTIZED = ("fp8", "mxfp4")  # quant_method of config.json
 ALWAYS_NEUTRAL = ((r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "RoPE follows from the config"),)
 TIED = "lm_head.weight"
 # Fields that change how a model is run or trained, not what it computes.
-FREE = {"init_std", "remat", "compute_dtype", "unroll", "context"}
+FREE = {"remat", "compute_dtype", "unroll"}
 FREE_MOE = {"router", "allow_noncausal", "dispatcher", "block_size"}
 
 
@@ -273,11 +273,12 @@ def released_config(family: Family, config: ModelConfig) -> dict[str, Any]:
     raw = {"model_type": family.name, "architectures": [family.architecture], **family.write(config)}
     again = family.read(raw)
     for field in dataclasses.fields(ModelConfig):
-        mine, theirs = getattr(config, field.name), getattr(again, field.name)
+        mine: Any = getattr(config, field.name)
+        theirs: Any = getattr(again, field.name)
         if field.name == "moe" and mine is not None and theirs is not None:
             _check_moe(family, mine, theirs)
         elif field.name == "windows":
-            same = (mine if any(mine) else ()) == theirs
+            same = (mine if any(mine or ()) else ()) == theirs
             require(same, "model.windows", mine, f"{theirs!r}, which is all that {family.name} can say")
         elif field.name not in FREE | {"first_dense", "moe_every", "dense_layers", "ffn_dim"}:
             require(mine == theirs, f"model.{field.name}", mine, f"{theirs!r}, which is all that {family.name} can say")

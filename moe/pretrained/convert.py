@@ -44,7 +44,8 @@ def convert(
     Args:
       source: as `open_checkpoint` takes it.
       target: a folder that does not exist; after an error it still does not.
-      to: the family to write. By default `switchyard`, and for a model in that form the family it came from.
+      to: the form to write, a family or `switchyard`. By default `switchyard`, and for a model in that form the family
+        it came from.
       progress: called as (bytes done, bytes in all).
 
     Returns:
@@ -55,17 +56,18 @@ def convert(
     """
     target = Path(target)
     require(not target.exists(), "target", str(target), "a path that does not exist")
+    require_family(to or SWITCHYARD)
     model = open_checkpoint(source)
     if to is None:
         came_from = (model.raw or {}).get("model_type")
         to = SWITCHYARD if model.family != SWITCHYARD else came_from
-        require(to is not None, "to", None, f"a family to write, one of {', '.join(FAMILIES)}: it came from none")
+        require(to is not None, "to", None, f"one of {', '.join(FAMILIES)}: the model came from no family")
     assert to is not None
     raw = model.raw if model.raw is not None and _remembers(model, to) else None
     carried = dict(model.carried) if raw is not None else {}
     notes = model.notes
     if len(carried) < len(model.carried):
-        notes += (f"tensors of {model.family} left out, which {to} does not have: {len(model.carried)}",)
+        notes += (f"tensors that are not used are left out, since {to} does not have them: {len(model.carried)}",)
     with new_folder(target) as folder:
         write_model(folder, model.config, model.tensors, to, raw=raw, source=model, carried=carried, progress=progress)
         if Path(source).is_dir():
@@ -73,6 +75,12 @@ def convert(
                 if path.is_file() and BESIDE.fullmatch(path.name):
                     shutil.copyfile(path, folder / path.name)
     return notes
+
+
+def require_family(name: str) -> None:
+    """ValueError unless a checkpoint can be written as `name`."""
+    known = name == SWITCHYARD or name in FAMILIES
+    require(known, "family", name, f"one of {', '.join((*FAMILIES, SWITCHYARD))}")
 
 
 def _remembers(model: Checkpoint, to: str) -> bool:
@@ -100,9 +108,8 @@ def write_model(
       source, carried: tensors to write besides: their names -> those in `source`.
 
     Raises:
-      ValueError: an unknown family, or one that cannot hold the model.
+      ValueError: the family cannot hold the model.
     """
-    require(to == SWITCHYARD or to in FAMILIES, "family", to, f"one of {', '.join((*FAMILIES, SWITCHYARD))}")
     carried = carried or {}
     if to == SWITCHYARD:
         text = written_config(config, raw)

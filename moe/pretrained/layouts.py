@@ -162,8 +162,8 @@ class Entry:
 
 def entry(ours: str | tuple[str, ...], theirs: str | tuple[str, ...], layout: Layout) -> Entry:
     """An entry, with a name alone for a tuple of one."""
-    tuples = ((names,) if isinstance(names, str) else names for names in (ours, theirs))
-    return Entry(*tuples, layout)
+    first, second = ((names,) if isinstance(names, str) else names for names in (ours, theirs))
+    return Entry(first, second, layout)
 
 
 def in_layers(entries: Iterable[Entry], theirs: str = "model.layers.{i}.") -> tuple[Entry, ...]:

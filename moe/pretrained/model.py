@@ -14,7 +14,7 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from moe.config import ModelConfig, require
 from moe.pretrained.checkpoint import Tensors, config_of, open_checkpoint, read_json
-from moe.pretrained.convert import convert, new_folder, write_model
+from moe.pretrained.convert import convert, new_folder, require_family, write_model
 from moe.pretrained.ours import SWITCHYARD, Leaf, abstract_model, model_leaves
 from moe.pretrained.safetensors import TensorInfo
 from parallel.sharding import tree_shardings
@@ -181,6 +181,7 @@ def save(
     """
     folder = Path(folder)
     require(dtype is None or dtype in DTYPES, "dtype", dtype, f"none, or one of {', '.join(DTYPES)}")
+    require_family(family)
     require(not folder.exists(), "folder", str(folder), "a path that does not exist")
     require(jax.process_count() == 1, "processes", jax.process_count(), "1, to save a checkpoint of a family")
     trees = Trees(config, params, router_state, None if dtype is None else DTYPES[dtype])

@@ -177,15 +177,17 @@ def rope(raw: Raw, theta: float) -> tuple[float, RopeScaling | None]:
     inner = size(values, "original_max_position_embeddings", context)
     original = context if kind == "dynamic" else size(raw, "original_max_position_embeddings", inner)
     factor = number(values, "factor", context / original if kind == "yarn" else None)
+    scale = number(values, "mscale_all_dim", 0.0)  # DeepSeek's attention looks at this one whatever the kind
     if kind == "linear":
-        return base, RopeScaling("linear", factor, **_latent_scale(values))
+        return base, RopeScaling("linear", factor, mscale_all_dim=scale)
     if kind == "dynamic":
-        return base, RopeScaling("dynamic", factor, original, **_latent_scale(values))
+        return base, RopeScaling("dynamic", factor, original, mscale_all_dim=scale)
     if kind == "llama3":
         low, high = (number(values, name) for name in LLAMA3)
         require(low < high, f"{field}.low_freq_factor", low, f"below high_freq_factor = {high}")
-        bounds = {"low_freq_factor": low, "high_freq_factor": high}
-        return base, RopeScaling("llama3", factor, original, **bounds, **_latent_scale(values))
+        return base, RopeScaling(
+            "llama3", factor, original, low_freq_factor=low, high_freq_factor=high, mscale_all_dim=scale
+        )
     if values.get("attention_factor") is not None:
         require(number(values, "attention_factor") > 0, f"{field}.attention_factor", values["attention_factor"],
                 "a positive number")
@@ -198,13 +200,8 @@ def rope(raw: Raw, theta: float) -> tuple[float, RopeScaling | None]:
         truncate=flag(values, "truncate", True),
         attention_factor=number(values, "attention_factor", 0.0),
         mscale=number(values, "mscale", 0.0),
-        mscale_all_dim=number(values, "mscale_all_dim", 0.0),
+        mscale_all_dim=scale,
     )
-
-
-def _latent_scale(values: Raw) -> dict[str, float]:
-    """DeepSeek's attention looks at this one whatever the kind."""
-    return {"mscale_all_dim": number(values, "mscale_all_dim", 0.0)}
 
 
 def written_rope(scaling: RopeScaling) -> dict[str, Any]:
