@@ -1,9 +1,10 @@
 """Our side of `bench generate`: loads a model, generates greedily from a random prompt and answers commands.
 
-Arguments: the model, the number of prompt tokens and of new ones, as JSON.
+Arguments: the model, a path for a copy of it, the number of prompt tokens and of new ones, as JSON.
 
-`warm` compiles, `run` times the prompt and every further token, `probe` adds samples of the memory's pace, `program`
-says what XLA counts for one token. Run as a module from a source tree, it measures that tree.
+`warm` compiles, `run` times the prompt and every further token, `release` makes the weights readable for the peer,
+`probe` adds samples of the memory's pace, `program` says what XLA counts for one token. Run as a module from a source
+tree, it measures that tree.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ import platform  # noqa: E402
 import time  # noqa: E402
 from importlib.metadata import version  # noqa: E402
 from json import loads  # noqa: E402
+from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from moe.pretrained.model import load  # noqa: E402
 
 from experiments.bench.streaming import StreamMeter, cache_bytes, weight_bytes  # noqa: E402
 from moe.generate import Generator, Sampling, advance, check_prompts, empty_caches  # noqa: E402
+from moe.pretrained.model import convert, load  # noqa: E402
+from moe.pretrained.ours import SWITCHYARD  # noqa: E402
 
 
 def random_prompt(vocab_size: int, length: int) -> list[int]:
@@ -39,8 +42,9 @@ def random_prompt(vocab_size: int, length: int) -> list[int]:
 class Bench:
     """Holds the model between commands; every method answers one command."""
 
-    def __init__(self, model: str, prompt_tokens: int, new_tokens: int) -> None:
+    def __init__(self, model: str, scratch: str, prompt_tokens: int, new_tokens: int) -> None:
         loaded = load(model)
+        self.model, self.family, self.scratch = model, loaded.family, Path(scratch)
         self.config, self.new_tokens = loaded.config, new_tokens
         self.prompt = random_prompt(self.config.vocab_size, prompt_tokens)
         check_prompts(self.config, [self.prompt], new_tokens)
@@ -75,6 +79,13 @@ class Bench:
         self.meter = self.meter or StreamMeter()
         return self.meter.probe()
 
+    def release(self) -> dict[str, Any]:
+        """The prompt, and a folder that Hugging Face's classes read: the model's own or a copy under `scratch`."""
+        theirs = Path(self.model).is_dir() and self.family != SWITCHYARD
+        if not theirs:
+            convert(self.model, self.scratch, to=None if self.family == SWITCHYARD else self.family)
+        return {"folder": str(Path(self.model).resolve() if theirs else self.scratch), "prompt": self.prompt}
+
     def program(self) -> dict[str, float]:
         """What XLA counts for the compiled step of one token at this cache's size."""
         slots = -(-(len(self.prompt) + self.new_tokens) // 32) * 32
@@ -87,8 +98,8 @@ class Bench:
 
 def main() -> None:
     bench = Bench(**loads(sys.argv[1]))
-    commands = {"warm": bench.warm, "run": bench.run, "probe": bench.probe, "program": bench.program}
-    serve(channel, bench.facts(), commands)
+    names = ("warm", "run", "release", "probe", "program")
+    serve(channel, bench.facts(), {name: getattr(bench, name) for name in names})
 
 
 if __name__ == "__main__":
