@@ -1,6 +1,7 @@
 """What a token must read, counted by hand; the pace of the memory; figures from fake sides."""
 
 import json
+import sys
 from dataclasses import replace
 
 import jax
@@ -12,6 +13,7 @@ from experiments.bench.protocol import WorkerError
 from experiments.bench.streaming import StreamMeter, cache_bytes, weight_bytes
 from moe.config import LatentConfig, ModelConfig, MoEConfig
 from moe.generate import unstacked
+from moe.pretrained.model import convert, save
 from moe.transformer import Transformer, init_router_state
 
 DENSE = ModelConfig(
@@ -19,10 +21,15 @@ DENSE = ModelConfig(
 )
 
 
-def weights(config):
+def drawn(config):
+    """Parameters of zeros, and the router state."""
     state, zeros = init_router_state(config), jnp.zeros((1, 8), jnp.int32)
     shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), zeros, zeros, zeros, state, None)["params"]
-    return unstacked(config, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes), state)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes), state
+
+
+def weights(config):
+    return unstacked(config, *drawn(config))
 
 
 def test_weights_of_a_token():
@@ -105,3 +112,40 @@ def test_a_model_that_is_not_there_ends_the_run(tmp_path):
     with pytest.raises(WorkerError, match="no-such-model"):
         generate.main(tmp_path / "result.json", model=str(tmp_path / "no-such-model"), rounds=1)
     assert not list(tmp_path.iterdir())
+
+
+PEER = """
+import json, sys
+asked = json.loads(sys.argv[2])
+config = json.load(open(asked["folder"] + "/config.json"))
+print(json.dumps({"variant": config["model_type"]}), flush=True)
+for _ in sys.stdin:
+    steps = asked["new_tokens"]
+    answer = {"tokens": [0] * steps, "token_seconds": [10.0] * (steps - 1), "prefill_seconds": len(asked["prompt"])}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["llama", "switchyard"])
+def test_whole_command_with_a_peer_that_reads_the_released_form(tmp_path, form):
+    """A model of zeros says token 0, and so does the peer, in ten seconds a token."""
+    (tmp_path / "peer.py").write_text(PEER)
+    python = tmp_path / "python"
+    run = f'exec "{sys.executable}" "{tmp_path}/peer.py" "$@"'
+    python.write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then exit 0; fi\n{run}\n')
+    python.chmod(0o755)
+    save(tmp_path / "llama", DENSE, *drawn(DENSE), family="llama")
+    if form == "switchyard":
+        convert(tmp_path / "llama", tmp_path / form)
+    out = tmp_path / "result.json"
+    ask = {"peer_python": python, "model": str(tmp_path / form), "prompt_tokens": 3, "new_tokens": 4, "rounds": 2}
+    result = generate.main(out, **ask)
+    assert json.loads(out.read_text()) == result
+    assert result["peer"]["variant"] == "llama"
+    assert result["peer"]["equal_tokens"] == 1.0
+    assert result["peer"]["prefill_ms"] == 3000
+    assert result["peer"]["speed_of_ours"] > 10
+    assert result["program"]["bytes accessed"] > result["weight_bytes"]
+    assert result["ours"]["over_floor"] > 1
+    assert str(tmp_path) not in out.read_text()
