@@ -47,7 +47,7 @@ class Leaf(NamedTuple):
         return TensorInfo(self.dtype, self.shape[1:] if self.stacked else self.shape)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)
 def abstract_model(config: ModelConfig) -> tuple[Any, Any]:
     """Shapes and dtypes of a Transformer's parameters and router state; nothing is allocated."""
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -55,7 +55,7 @@ def abstract_model(config: ModelConfig) -> tuple[Any, Any]:
     return params, jax.eval_shape(functools.partial(init_router_state, config))
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)
 def model_leaves(config: ModelConfig) -> tuple[Leaf, ...]:
     """The leaves of (params, router_state), in the order of `jax.tree`."""
     runs, layer = {}, 0
