@@ -50,7 +50,7 @@ def evaluate_model(
     Writes `result.json`, `eval.png`, and for each task `answers/TASK.jsonl`: what was asked and what the model said.
 
     Args:
-      model: a name (`smollm2`) or a directory of `convert` or of Hugging Face's form.
+      model: a name (`smollm2`), a .gguf file, or a directory of `convert` or of Hugging Face's form.
       tasks: `bpb` and names of `experiments.tasks.catalogue.TASKS`.
       limit: the most examples of a task, and windows of a domain; a random sample, the same one always.
       split: train, validation or test.
@@ -81,6 +81,8 @@ def evaluate_model(
         from moe.pretrained.model import load
 
         loaded = load(model)
+        for note in loaded.notes:
+            console.print(note)
     settings |= {"fingerprint": fingerprint(loaded.config, loaded.params)}
     check_directory(out, settings)
     context = loaded.config.context

@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments.data.corpus import Corpus
 from moe.config import ModelConfig, require
-from moe.pretrained.tokenizer import TextTokenizer, load_tokenizer
+from moe.pretrained.tokenizer import TextTokenizer, gguf_tokenizer, load_tokenizer
 
 BYTES = 256
 # Tokens that separate the documents of a training corpus, by their text; the first that a vocabulary has is used.
@@ -118,7 +118,7 @@ def open_words(source: str, config: ModelConfig) -> Words:
     """The tokenizer of a model.
 
     Args:
-      source: `smollm2`, or the model's directory.
+      source: `smollm2`, a .gguf file, or the model's directory.
 
     Raises:
       ValueError: no tokenizer.json and no byte-level vocabulary, or ids beyond the model's vocabulary.
@@ -127,6 +127,8 @@ def open_words(source: str, config: ModelConfig) -> Words:
         from moe.pretrained.smollm2 import smollm2_tokenizer
 
         words = LibraryWords(smollm2_tokenizer(), source)
+    elif Path(source).suffix == ".gguf":
+        words = LibraryWords(gguf_tokenizer(Path(source)), Path(source).name)
     elif (Path(source) / "tokenizer.json").is_file():
         words = LibraryWords(load_tokenizer(Path(source)))
     else:
