@@ -33,6 +33,7 @@ from moe.pretrained.ours import CARRIED, SWITCHYARD, model_tensors, parsed_confi
 from moe.pretrained.quantized import dequantized
 from moe.pretrained.safetensors import Source, TensorInfo, listed, open_safetensors
 from moe.pretrained.smollm2 import open_smollm2
+from moe.routers.group_limited import GroupLimited
 from moe.routing import make_router
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({
@@ -272,7 +273,7 @@ def released_config(family: Family, config: ModelConfig) -> dict[str, Any]:
     """config.json of a model that was never released. ValueError names what the family cannot say."""
     raw = {"model_type": family.name, "architectures": [family.architecture], **family.write(config)}
     again = family.read(raw)
-    for field in dataclasses.fields(ModelConfig):
+    for field in sorted(dataclasses.fields(ModelConfig), key=lambda field: field.name != "latent"):
         mine: Any = getattr(config, field.name)
         theirs: Any = getattr(again, field.name)
         if field.name == "moe" and mine is not None and theirs is not None:
@@ -295,14 +296,25 @@ def _check_moe(family: Family, mine: MoEConfig, theirs: MoEConfig) -> None:
         value, other = getattr(mine, field.name), getattr(theirs, field.name)
         if field.name not in FREE_MOE:
             require(value == other, f"model.moe.{field.name}", value, f"{other!r}, which is all {family.name} can say")
-    same = make_router(mine) == make_router(theirs)
+    same = router_of(mine) == router_of(theirs)
     require(same, "model.moe.router", mine.router, f"{theirs.router}, which is all that {family.name} can say")
+
+
+def router_of(moe: MoEConfig) -> Any:
+    """The router, equal for configs that choose and weigh alike."""
+    router = make_router(moe)
+    if not isinstance(router, GroupLimited):
+        return router
+    if router.groups == router.kept_groups:  # a choice among all groups is none
+        return replace(router, groups=1, kept_groups=1, group_score="max")
+    two = router.group_score == "topk" and router.top_k == 2 * router.kept_groups
+    return replace(router, group_score="top2") if two else router
 
 
 def same_model(config: ModelConfig, raw: Mapping[str, Any]) -> bool:
     """Whether a remembered config.json still says what our config does."""
     told = config_of(raw)
     free = {name: getattr(config, name) for name in FREE}
-    if told.moe is not None and config.moe is not None and make_router(told.moe) == make_router(config.moe):
+    if told.moe is not None and config.moe is not None and router_of(told.moe) == router_of(config.moe):
         free["moe"] = replace(told.moe, **{name: getattr(config.moe, name) for name in FREE_MOE})
     return replace(told, **free) == config

@@ -47,7 +47,7 @@ LAYOUTS = {
 
 
 def turned(i):
-    """Place in their head of place i in ours: pair j of the last DIM is (j, j + DIM / 2) in ours, (2j, 2j + 1) there."""
+    """Place in their head of place i in ours: pair j of the last DIM is (j, j + DIM/2) in ours, (2j, 2j + 1) there."""
     j = i - NOPE
     return i if j < 0 else NOPE + (2 * j if j < DIM // 2 else 2 * (j - DIM // 2) + 1)
 
