@@ -162,12 +162,13 @@ def test_any_accumulation_equals_one_pass(accumulation, mesh, one_device):
         assert metrics[name] == pytest.approx(one_device[1][name], rel=1e-5), name
 
 
-@pytest.mark.parametrize("scope", ["microbatch", "shuffle_micro", pytest.param("sequence", marks=slow)])
+@pytest.mark.parametrize("scope", ["shuffle_micro", *(pytest.param(s, marks=slow) for s in ("microbatch", "sequence"))])
 def test_other_scopes_do_not_depend_on_accumulation(scope):
     config = replace(EINSUM, balance=replace(BASE.balance, scope=scope, micro_batch_size=2))
     assert_close(gradients(replace(config, accumulation=2))[0], gradients(config)[0])
 
 
+@pytest.mark.slow
 def test_a_sample_of_the_whole_batch_is_exact_for_a_router_with_as_many_slots_as_experts():
     config = with_moe(EINSUM, router="top_p(p=0.5)")
     sampled = replace(config, balance=replace(BASE.balance, scope="shuffle_micro", micro_batch_size=BASE.batch_size))
@@ -248,7 +249,8 @@ def routed(config: RunConfig):
 
 @pytest.mark.parametrize(
     ("decay", "accumulation", "mesh"),
-    [(0.75, 1, (1, 1, 1)), pytest.param(0.75, 2, (1, 1, 1), marks=slow), (0.0, 2, (2, 1, 2))],
+    [(0.75, 2, (2, 1, 2))]
+    + [pytest.param(*c, marks=slow) for c in ((0.75, 1, (1, 1, 1)), (0.75, 2, (1, 1, 1)), (0.0, 2, (2, 1, 2)))],
     ids=str,
 )
 def test_ema_scope_uses_the_counts_of_earlier_steps_alone(decay, accumulation, mesh):
@@ -290,7 +292,7 @@ def next_bias(bias, groups):
 
 @pytest.mark.parametrize(
     ("accumulation", "mesh"),
-    [(1, (1, 1, 1)), pytest.param(2, (1, 1, 1), marks=slow), pytest.param(1, (2, 2, 2), marks=slow), (2, (2, 1, 2))],
+    [(2, (2, 1, 2)), *(pytest.param(*c, marks=slow) for c in ((1, (1, 1, 1)), (2, (1, 1, 1)), (1, (2, 2, 2))))],
     ids=str,
 )
 def test_loss_free_bias_follows_the_counts_of_the_whole_step_and_nothing_else(accumulation, mesh):
@@ -309,7 +311,7 @@ def test_loss_free_bias_follows_the_counts_of_the_whole_step_and_nothing_else(ac
         assert not any("bias" in path for path in paths)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=slow), 2])
 def test_loss_free_local_pool_is_the_mean_over_micro_batches(accumulation):
     """Micro-batches of two sequences, whatever the accumulation."""
     router = LOSS_FREE.replace(")", ", pool='local')")
@@ -396,7 +398,7 @@ def step_hlo(mesh_shape, forward_only):
 @pytest.mark.parametrize(
     ("mesh", "forward_only", "expected"),
     [
-        ((1, 1, 8), True, 2),
+        pytest.param((1, 1, 8), True, 2, marks=slow),
         pytest.param((2, 2, 2), True, 2, marks=slow),
         ((1, 1, 8), False, 4),
         pytest.param((8, 1, 1), False, 0, marks=slow),
@@ -418,6 +420,7 @@ def test_batch_not_divisible_by_the_mesh_names_both():
         replace(BASE, accumulation=3)
 
 
+@pytest.mark.slow
 def test_bfloat16_training_tracks_float32():
     """Bound stated beforehand: over 50 steps the loss curves differ by less than 0.05 nats on average and 0.15
     anywhere, while the loss falls by more than ten times the mean bound."""
