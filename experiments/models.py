@@ -52,6 +52,8 @@ def write_logits(model: str | Path, tokens: Path, out: Path, batch_size: int = 8
     require(batch_size >= 1, "batch_size", batch_size, "at least 1")
     require(out.suffix == ".npy", "out", str(out), "a name that ends in .npy")
     require(not out.is_dir(), "out", str(out), "a file, not a folder")
+    inside = next((path for path in out.parents if path.exists()), out.parent)
+    require(inside.is_dir(), "out", str(out), f"a file in a folder; {inside} is none")
     rows = read_tokens(Path(tokens), open_checkpoint(model).config)
     mesh = make_mesh(fsdp=jax.device_count()) if jax.device_count() > 1 else None
     with progress_bar("read") as progress:
