@@ -22,6 +22,7 @@ DISPATCHERS = {
     "auto": Grouped("auto"),
 }
 MESHES = {"8x1x1": (8, 1, 1), "2x2x2": (2, 2, 2), "1x1x8": (1, 1, 8), "1x2x4": (1, 2, 4)}
+FAST = ("2x2x2", "1x1x8")  # a program each, and one more for `scale_on_input`
 
 
 def routing_case(name, num_tokens=T, num_experts=E, k=K):
@@ -108,7 +109,9 @@ def test_token_counts_that_divide_nothing(num_tokens):
     )
 
 
-@pytest.mark.parametrize("mesh_name", MESHES)
+@pytest.mark.parametrize(
+    "mesh_name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in MESHES]
+)
 @pytest.mark.parametrize("case", CASES)
 def test_sharded_equals_the_oracle_on_one_device(mesh_name, case):
     x, experts, out = inputs()
