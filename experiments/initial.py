@@ -113,11 +113,10 @@ def read_parent(parent: Parent, mesh: Mesh) -> tuple[Any, Any]:
 
 @functools.lru_cache(maxsize=8)
 def pretrained_config(name: str) -> ModelConfig:
-    """The config of a pretrained model; a directory's is read from its config.json, a packaged model is loaded for it.
-    ValueError if there is no such model."""
-    from moe.pretrained.model import load, read_config
+    """The config of a pretrained model; its files are opened, not read. ValueError if it is not there or broken."""
+    from moe.pretrained.checkpoint import open_checkpoint
 
-    return read_config(Path(name))[1] if Path(name).is_dir() else load(name).config
+    return open_checkpoint(name).config
 
 
 def read_pretrained(name: str, mesh: Mesh) -> tuple[Any, Any]:

@@ -10,11 +10,12 @@ import pytest
 
 from experiments.config import InitConfig, MeshConfig
 from experiments.experiment import Preset
-from experiments.initial import Parent, Source, check_source, open_source
+from experiments.initial import Parent, Source, check_source, open_source, pretrained_config, read_parent
 from experiments.overrides import with_overrides
 from experiments.recipes import smoke
 from experiments.run import run_folder, select
 from experiments.train import START, fit
+from moe.pretrained.model import save
 from moe.upcycle import initial, upcycled_config
 from parallel.mesh import make_mesh
 
@@ -69,6 +70,7 @@ def test_stopping_and_going_on_is_bitwise_the_same_and_needs_no_parent_any_more(
     assert kept(result.metrics) == kept(whole[0].metrics)
 
 
+@pytest.mark.slow
 def test_a_dense_run_goes_on_with_the_parents_parameters_and_a_fresh_optimiser(parent, tmp_path):
     mesh, source = make_mesh(1, 2, 1), open_source(replace(GOES_ON, mesh=MeshConfig(fsdp=2)), parent)
     assert source is not None
@@ -99,6 +101,7 @@ def test_a_checkpoint_of_another_parent_is_refused(whole, parent):
         fit(MOE, whole[1], parent=other)
 
 
+@pytest.mark.slow
 def test_a_parent_that_is_not_finished_is_refused(parent, tmp_path):
     longer = replace(DENSE, checkpoint_every=1)
     fit(longer, tmp_path / "parent", steps=2)
@@ -170,3 +173,32 @@ def test_other_models_with_experts_are_parents_too():
     assert open_source(SMOKE, None) is None
     shapes = jax.eval_shape(lambda key: initial(MOE.model, key), jax.random.key(0))
     assert np.prod(shapes["runs_0"]["moe"]["experts"]["down"].shape) == 2 * 8 * 24 * 32
+
+
+@pytest.mark.slow
+def test_a_released_model_is_upcycled_trained_and_saved_as_another_family(parent, tmp_path):
+    """A Llama checkpoint in, a Mixtral checkpoint out, which scores what the run scored."""
+    dense = replace(DENSE.model, context=64)
+    mesh = make_mesh(1, 1, 1)
+    with jax.set_mesh(mesh):
+        params, _ = read_parent(parent, mesh)
+    save(tmp_path / "llama", dense, params, {}, family="llama")
+    config = replace(
+        MOE, model=upcycled_config(dense, "copy", 4, 2, dispatcher="einsum"), steps=2,
+        init=InitConfig(str(tmp_path / "llama"), "copy"), optimizer=replace(MOE.optimizer, warmup_steps=1),
+    )  # fmt: skip
+    result = fit(config, tmp_path / "out")
+    assert result.metrics["start_gap"] < 1e-5
+    assert result.metrics["test_ce"] < result.metrics["start_test_ce"]
+    with jax.set_mesh(mesh):
+        trained, state = read_parent(Parent(config, tmp_path / "out"), mesh)
+    save(tmp_path / "mixtral", config.model, trained, state, family="mixtral")
+    again = replace(config, init=InitConfig(str(tmp_path / "mixtral")))
+    scores = fit(again, tmp_path / "again", steps=1).metrics
+    assert scores["start_test_ce"] == pytest.approx(result.metrics["test_ce"], rel=1e-6)
+    assert "start_gap" not in scores
+    next((tmp_path / "llama").glob("*.safetensors")).unlink()
+    pretrained_config.cache_clear()
+    with pytest.raises(ValueError, match="llama"):
+        fit(config, tmp_path / "new")
+    assert not (tmp_path / "new").exists()

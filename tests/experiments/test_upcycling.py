@@ -23,7 +23,7 @@ def made(name):
     return preset, trained(preset)
 
 
-@pytest.mark.parametrize("name", ["smoke", "cpu", "cpu-long"])
+@pytest.mark.parametrize("name", ["smoke", "cpu", pytest.param("cpu-long", marks=pytest.mark.slow)])
 def test_arms_are_equal_in_what_the_claims_say(name):
     preset, arms = made(name)
     cost = {arm: flops(config.model) * config.steps for arm, config in arms.items()}
