@@ -10,7 +10,6 @@ wrong.
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -87,10 +86,20 @@ def read_gguf(path: Path) -> GGUFFile:
 def _parse(path: Path, mtime_ns: int, size: int) -> GGUFFile:
     del mtime_ns  # part of the cache's key
     gguf = _package()
+
+    class Reader(gguf.GGUFReader):
+        """One that stops at the end of the file; the package's reads nothing there, as often as a length says."""
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **kwargs: Any) -> np.ndarray:
+            end = int(offset) + np.dtype(dtype).itemsize * int(count)
+            if end > size:
+                raise ValueError(f"it would have to go on to byte {end:,}")
+            return super()._get(offset, dtype, count, *args, **kwargs)
+
     try:
-        reader = gguf.GGUFReader(path)
+        reader = Reader(path)
         metadata = {name: part.contents() for name, part in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, OverflowError) as error:  # what running off the end of the map raises
+    except (ValueError, IndexError, KeyError, OverflowError, RecursionError) as error:
         raise GGUFError(f"{path}: {size:,} bytes, not a whole GGUF file of version 2 or 3 ({error})") from error
     if reader.byte_order != "I":
         raise GGUFError(f"{path}: written in the other byte order: expected this machine's")
@@ -259,7 +268,7 @@ def _rope_scaling(file: GGUFFile) -> dict[str, Any] | None:
 
 def _shortest(value: float) -> float:
     """The decimal number that was meant: the file has float32, where 1e-5 is 9.999999747378752e-06."""
-    return json.loads(str(np.float32(value)))
+    return float(str(np.float32(value)))
 
 
 def _package() -> Any:
@@ -267,5 +276,5 @@ def _package() -> Any:
         import gguf
         import gguf.quants
     except ImportError as error:
-        raise GGUFError(f"reading GGUF files needs the package `gguf`: {EXTRA}") from error
+        raise ValueError(f"reading GGUF files needs the package `gguf`: {EXTRA}") from error
     return gguf

@@ -8,13 +8,16 @@ file down, checked against its pinned hash.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from moe.pretrained.gguf import GGUFSource, open_gguf
+from moe.pretrained.gguf import GGUFError, GGUFSource, open_gguf
 from moe.pretrained.tokenizer import TextTokenizer, gguf_tokenizer
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 FETCH_COMMAND = "python -m experiments data fetch --models"
+Opened = TypeVar("Opened")
 
 
 def models_folder() -> Path:
@@ -35,9 +38,17 @@ def smollm2_path() -> Path:
 
 def open_smollm2() -> GGUFSource:
     """The tensors under Hugging Face's names of a Llama, dequantised to float32 as they are read, and its config."""
-    return open_gguf(smollm2_path())
+    return _opened(open_gguf)
 
 
 def smollm2_tokenizer() -> TextTokenizer:
     """Byte-level BPE of 49,152 tokens; <|endoftext|> = 0, <|im_start|> = 1, <|im_end|> = 2; no BOS; ChatML."""
-    return gguf_tokenizer(smollm2_path())
+    return _opened(gguf_tokenizer)
+
+
+def _opened(act: Callable[[Path], Opened]) -> Opened:
+    path = smollm2_path()
+    try:
+        return act(path)
+    except GGUFError as error:  # not the file that was pinned
+        raise GGUFError(f"{error}; `{FETCH_COMMAND}` lays the file down anew") from error

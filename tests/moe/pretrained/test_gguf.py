@@ -204,6 +204,23 @@ def test_a_truncated_or_foreign_file_is_refused(tmp_path):
         open_gguf(tmp_path / "none.gguf")
 
 
+def test_lengths_beyond_the_end_of_the_file_are_refused(tmp_path):
+    """The package alone would go on reading nothing, until there is no memory left."""
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_array("tokenizer.ggml.token_type", [1, 2, 3])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    whole = path.read_bytes()
+    at = whole.index(b"token_type") + len(b"token_type") + 8  # past the types: of the value, of its items
+    assert struct.unpack_from("<Q", whole, at) == (3,)
+    path.write_bytes(whole[:at] + struct.pack("<Q", 1_000_000) + whole[at + 8 :])
+    with pytest.raises(GGUFError, match=r"not a whole GGUF file .*would have to go on to byte"):
+        open_gguf(path)
+
+
 def test_a_file_that_changed_is_read_anew(tmp_path):
     write(tmp_path / "m.gguf")
     assert gguf_config(tmp_path / "m.gguf")["max_position_embeddings"] == 128
@@ -215,5 +232,5 @@ def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):
     write(tmp_path / "m.gguf")
     ours._parse.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-    with pytest.raises(GGUFError, match=r"needs the package `gguf`: pip install -e '.\[hf\]'"):
+    with pytest.raises(ValueError, match=r"needs the package `gguf`: pip install -e '.\[hf\]'"):
         open_gguf(tmp_path / "m.gguf")
