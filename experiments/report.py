@@ -14,7 +14,10 @@ from experiments.experiment import FOLDER, load, names
 from moe.config import require
 
 CLAIM_COLUMNS = ("claim", "claimed", "paper", "measured", "per seed", "verdict")
-METRICS = ("val_ce", "test_ce", "domain_expert_mi", "max_violation", "max_violation_sequence", "top_score", "step_ms")
+METRICS = (
+    "val_ce", "test_ce", "start_test_ce", "start_gap", "domain_expert_mi", "max_violation", "max_violation_sequence",
+    "top_score", "flops_per_token", "step_ms",
+)  # fmt: skip
 TARGET = FOLDER.parent / "REPRODUCTIONS.md"
 HEAD = """# Reproductions
 
