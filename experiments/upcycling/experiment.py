@@ -37,7 +37,6 @@ from typing import Any
 from experiments import recipes
 from experiments.claims import Claim
 from experiments.config import PARENT, BalanceConfig, DataConfig, InitConfig, OptimizerConfig, RunConfig
-from experiments.data.corpus import data_root
 from experiments.experiment import Experiment, Preset
 from moe.config import ModelConfig
 
@@ -143,6 +142,8 @@ def smollm2() -> ModelConfig:
 
 def cpu_long() -> Preset:
     """SmolLM2 on the domains it knows least. Rate and batch are a plain continued training's, not tuned."""
+    from experiments.data.corpus import data_root
+
     goes_on = RunConfig(
         model=smollm2(),
         data=DataConfig(corpus=str(data_root() / SMOLLM2_CORPUS), seq_len=128, domains=LEAST_KNOWN),
