@@ -146,8 +146,6 @@ def their_arrays(steps: Sequence[Step], ours: OurTensors) -> Iterator[np.ndarray
         whole = [ours.read(name) for name in step.ours]
         for expert, _ in enumerate(step.theirs):
             parts = step.layout.to_theirs([array[expert] for array in whole] if step.stacked else whole)
-            if not step.stacked:
-                whole.clear()
             while parts:
                 yield parts.pop(0)
 

@@ -52,6 +52,7 @@ def test_logits_of_a_folder_are_those_of_the_released_model(golden, folder, tmp_
     assert got.dtype == np.float32
     assert files(out.parent) == {"logits.npy"}
     assert got.shape == (3, *wanted.shape[1:])
+    assert out.stat().st_size == save(tmp_path / "again.npy", got).stat().st_size
     assert np.abs(got - np.concatenate([wanted, wanted[:1]])).max() <= 1e-4 * wanted.std()
 
 
