@@ -153,7 +153,7 @@ def cpu_long() -> Preset:
         batch_size=8,
         steps=32,
         checkpoint_every=16,
-        eval_tokens_per_domain=2048,
+        eval_tokens_per_domain=1024,
     )
     return Preset(arms(goes_on, 4), seeds=1, claims=claims(), note="SmolLM2-135M; its corpus is made beforehand")
 
