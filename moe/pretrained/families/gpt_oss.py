@@ -88,7 +88,9 @@ def write(config: ModelConfig) -> dict[str, Any]:
         swiglu_limit=7.0,
         **written_windows(config),
     )
-    return fields | {"rope_scaling": fields["rope_scaling"] or {"rope_type": "default"}}
+    # transformers wants a window even where no layer slides.
+    window, rope = fields["sliding_window"] or 128, fields["rope_scaling"] or {"rope_type": "default"}
+    return fields | {"sliding_window": window, "rope_scaling": rope}
 
 
 GPT_OSS = Family("gpt_oss", "GptOssForCausalLM", read, write, lambda _: ENTRIES)

@@ -48,6 +48,15 @@ def test_what_is_written_reads_the_same(golden):
             assert written[name] == raw[name], (case, name)
 
 
+def test_gpt_oss_without_sliding_layers_still_has_a_window():
+    """transformers builds the mask of sliding layers whether there are any or not."""
+    config = read("gpt_oss", **OSS, num_key_value_heads=4, layer_types=["full_attention"] * 4, sliding_window=8)
+    written = released_config(FAMILIES["gpt_oss"], config)
+    assert config.windows == ()
+    assert written["sliding_window"] > 0
+    assert config_of(written) == config
+
+
 # --- what a missing value means ---
 
 DEFAULTS = {  # family, what is given -> fields of the model
