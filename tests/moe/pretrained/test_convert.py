@@ -66,7 +66,7 @@ def test_there_and_back_is_the_same_bytes(checkpoint, tmp_path, golden_case):
     check_round_trip(checkpoint, tmp_path, golden_case, "float32")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_there_and_back_in_half_precision(checkpoint, tmp_path, family_case, dtype):
     check_round_trip(checkpoint, tmp_path, family_case, dtype)
 
