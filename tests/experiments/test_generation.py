@@ -12,7 +12,7 @@ import pytest
 from experiments.generation import generate_text, summary
 from moe.config import ModelConfig
 from moe.generate import generate
-from moe.transformer import Transformer, init_router_state
+from moe.pretrained.ours import abstract_model
 
 CONFIG = ModelConfig(
     vocab_size=256, hidden=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, ffn_dim=20, moe=None, context=48
@@ -28,8 +28,7 @@ class Loaded(NamedTuple):
 @pytest.fixture(scope="module")
 def bytes_model() -> Loaded:
     """A random model of bytes, which needs no tokenizer."""
-    state, zeros = init_router_state(CONFIG), jnp.zeros((1, 8), jnp.int32)
-    shapes = jax.eval_shape(Transformer(CONFIG).init, jax.random.key(0), zeros, zeros, zeros, state, None)["params"]
+    shapes, state = abstract_model(CONFIG)
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), "float32"), shapes)
     return Loaded(CONFIG, params, state)

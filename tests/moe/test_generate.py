@@ -12,6 +12,7 @@ from kernels.attention import attention_reference
 from kernels.cached_attention import cached_attention, write_cache
 from moe.config import LatentConfig, ModelConfig, MoEConfig, RopeScaling
 from moe.generate import Generator, Sampling, cached_forward, empty_caches, generate, sample, unstacked
+from moe.pretrained.ours import abstract_model
 from moe.transformer import Transformer, init_router_state
 
 V, S = 37, 14
@@ -39,13 +40,10 @@ class Random(NamedTuple):
 
 def random_model(config, seed=0):
     """Every parameter random, also those that start at zero or one."""
-    state = init_router_state(config)
-    zeros = jnp.zeros((1, 8), jnp.int32)
-    model = Transformer(config)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), zeros, zeros, zeros, state, None)["params"]
+    shapes, _ = abstract_model(config)
     rng = np.random.default_rng(seed)
     params = jax.tree.map(lambda leaf: jnp.asarray(0.4 * rng.standard_normal(leaf.shape), jnp.float32), shapes)
-    return Random(config, params, state)
+    return Random(config, params, init_router_state(config))
 
 
 def full_logits(model, tokens):

@@ -14,7 +14,7 @@ from experiments.bench.streaming import StreamMeter, cache_bytes, weight_bytes
 from moe.config import LatentConfig, ModelConfig, MoEConfig
 from moe.generate import unstacked
 from moe.pretrained.model import convert, save
-from moe.transformer import Transformer, init_router_state
+from moe.pretrained.ours import abstract_model
 
 DENSE = ModelConfig(
     vocab_size=50, hidden=8, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=10, moe=None, context=64
@@ -23,9 +23,7 @@ DENSE = ModelConfig(
 
 def drawn(config):
     """Parameters of zeros, and the router state."""
-    state, zeros = init_router_state(config), jnp.zeros((1, 8), jnp.int32)
-    shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), zeros, zeros, zeros, state, None)["params"]
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes), state
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_model(config))
 
 
 def weights(config):
