@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -20,9 +21,13 @@ def warmup_cosine(peak: float, warmup_steps: int, total_steps: int, final_fracti
     )
 
 
+# Norm scales, biases (`bq` is that of `wq`) and attention sinks, by name: stacked layers give them a second dimension.
+UNDECAYED = re.compile(r".*(scale|bias)|b[qkvo]|b(q|kv)_down|sinks")
+
+
 def decay_mask(params: Any) -> Any:
-    """True for weights; False for norm scales and biases, by name (stacked layers give them a second dimension)."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith(("scale", "bias")), params)
+    """True for weights, False for what UNDECAYED names."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: UNDECAYED.fullmatch(path[-1].key) is None, params)
 
 
 def adamw(

@@ -42,8 +42,12 @@ def test_three_steps_equal_the_equations():
     np.testing.assert_allclose(params["norm"]["scale"], expected[1], rtol=1e-5)
 
 
-def test_norm_scales_are_not_decayed():
+def test_norm_scales_biases_and_sinks_are_not_decayed():
     assert decay_mask(PARAMS) == {"w": True, "norm": {"scale": False}}
+    weights = ("wq", "wo", "wkv_down", "wk_up", "down", "gate_up", "router", "gate", "embedding", "head")
+    others = ("bq", "bk", "bv", "bo", "bq_down", "bkv_down", "down_bias", "gate_up_bias", "bias", "sinks", "scale")
+    expected = dict.fromkeys(weights, True) | dict.fromkeys(others, False)
+    assert decay_mask(dict.fromkeys(expected, 0)) == expected
 
 
 def test_schedule_rises_from_the_first_step_peaks_and_ends_at_the_fraction():
