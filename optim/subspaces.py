@@ -1,0 +1,266 @@
+"""Which directions of a weight an optimiser keeps state for: choosing them, going down to them and up again.
+
+A leaf is seen as N matrices [N, a, b] (`matrices`). A subspace has `k` numbers for each of them, or holds some of the
+N whole; what it keeps is small and of fixed shape, so a new choice compiles nothing. `up(down(x))` is the projection
+onto it: idempotent, and x minus it is orthogonal to it.
+
+    columns, rows   floor(rho b) columns or floor(rho a) rows drawn at random       (FRUGAL, 2411.07837)
+    randk           floor(rho a b) entries drawn at random
+    svd             the r = round(rho min(a, b)) leading singular vectors of the gradient, on the shorter side (GaLore,
+                    2403.03507)
+    random          r orthonormal directions drawn at random, on the shorter side
+    block           round(rho N) whole matrices, in an order                        (BAdam, 2404.02827; FRUGAL)
+
+Legend: N matrices, a rows, b columns, k chosen, r rank, n chosen matrices, rho density.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from optim.checks import require
+
+Choice = Any  # what a subspace keeps: arrays
+Shape = tuple[int, ...]  # N, a, b
+Order = Literal["random", "ascending", "descending", "mirror"]
+
+
+class MatrixAxes(NamedTuple):
+    """How a leaf is N matrices: its first `stacked` axes count them, the next `inputs` are rows, the rest columns."""
+
+    stacked: int = 0
+    inputs: int = 1
+
+
+def matrices(leaf: Array, axes: MatrixAxes) -> Array:
+    """[N, a, b] of a leaf."""
+    shape, split = leaf.shape, axes.stacked + axes.inputs
+    sizes = (math.prod(shape[: axes.stacked]), math.prod(shape[axes.stacked : split]), math.prod(shape[split:]))
+    return leaf.reshape(sizes)
+
+
+class Subspace(Protocol):
+    """A rule for directions. Shapes are [N, a, b] and a function of the density alone."""
+
+    @property
+    def coordinates(self) -> bool:
+        """Whether it chooses entries, so that a residual is exactly 0 there."""
+        ...
+
+    @property
+    def density(self) -> float: ...
+
+    def init(self, shape: Shape) -> Choice:
+        """A choice of the right shapes, before the first `refresh`. ValueError if it would choose nothing."""
+        ...
+
+    def refresh(self, choice: Choice, grad: Array, key: Array) -> Choice:
+        """A new choice; a function of its arguments alone, so replicas agree."""
+        ...
+
+    def down(self, choice: Choice, full: Array) -> Array: ...
+
+    def up(self, choice: Choice, low: Array, shape: Shape) -> Array: ...
+
+
+def _chosen(density: float, size: int, what: str) -> int:
+    count = math.floor(density * size + 1e-9)
+    require(count > 0, "density", density, f"enough for at least one of {size} {what}")
+    return count
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Columns, rows or entries, drawn without replacement for each matrix. Keeps int32 [N, k].
+
+    `shards` > 1 draws k / shards from each of as many equal parts of the axis, so that on an axis split over devices
+    every device has the same share of them.
+    """
+
+    density: float
+    kind: Literal["columns", "rows", "randk"]
+    shards: int = 1
+    coordinates = True
+
+    def _sizes(self, shape: Shape) -> tuple[int, int]:
+        """How many there are, and how many are chosen."""
+        _, a, b = shape
+        size = {"columns": b, "rows": a, "randk": a * b}[self.kind]
+        names = {"columns": "columns", "rows": "rows", "randk": "entries"}[self.kind]
+        count = _chosen(self.density, size, names)
+        even = size % self.shards == 0 and count % self.shards == 0
+        require(even, "shards", self.shards, f"a divisor of {size} {names} and of the {count} chosen")
+        return size, count
+
+    def init(self, shape: Shape) -> Array:
+        _, count = self._sizes(shape)
+        return jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32)[None], (shape[0], count))
+
+    def refresh(self, choice: Array, grad: Array, key: Array) -> Array:
+        size, count = self._sizes(grad.shape)
+        part, share = size // self.shards, count // self.shards
+
+        def draw(key: Array) -> Array:
+            each = jax.random.split(key, self.shards)
+            inside = jax.vmap(lambda key: jnp.sort(jax.random.permutation(key, part)[:share]))(each)
+            return (inside + part * jnp.arange(self.shards)[:, None]).reshape(-1).astype(jnp.int32)
+
+        return jax.vmap(draw)(jax.random.split(key, choice.shape[0]))
+
+    def down(self, choice: Array, full: Array) -> Array:
+        if self.kind == "randk":
+            return jnp.take_along_axis(full.reshape(full.shape[0], -1), choice, axis=1)
+        axis = 2 if self.kind == "columns" else 1
+        return jnp.take_along_axis(full, jnp.expand_dims(choice, 3 - axis), axis=axis)
+
+    def up(self, choice: Array, low: Array, shape: Shape) -> Array:
+        zeros = jnp.zeros(shape, low.dtype)
+        batch = jnp.arange(shape[0])[:, None]
+        if self.kind == "randk":
+            return zeros.reshape(shape[0], -1).at[batch, choice].set(low).reshape(shape)
+        if self.kind == "rows":
+            return zeros.at[batch, choice].set(low)
+        return zeros.at[batch, :, choice].set(jnp.swapaxes(low, 1, 2))
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Orthonormal directions of the shorter side, singular vectors of the gradient or random ones. Keeps float32
+    [N, min(a, b), r]; for a >= b they multiply from the right, as GaLore has it."""
+
+    density: float
+    kind: Literal["svd", "random"]
+    coordinates = False
+
+    def rank(self, shape: Shape) -> int:
+        short = min(shape[1:])
+        rank = round(self.density * short)
+        require(1 <= rank <= short, "density", self.density, f"a rank of 1 to {short} for a matrix {shape[1:]}")
+        return rank
+
+    def init(self, shape: Shape) -> Array:
+        short, rank = min(shape[1:]), self.rank(shape)
+        return jnp.broadcast_to(jnp.eye(short, rank)[None], (shape[0], short, rank))
+
+    def refresh(self, choice: Array, grad: Array, key: Array) -> Array:
+        short, rank = choice.shape[1:]
+        if self.kind == "random":
+            normal = jax.random.normal(key, (choice.shape[0], short, rank), choice.dtype)
+            q, r = jnp.linalg.qr(normal)
+            return q * jnp.sign(jnp.diagonal(r, axis1=1, axis2=2))[:, None, :]
+        left, _, right = jnp.linalg.svd(grad, full_matrices=False)
+        return jnp.swapaxes(right, 1, 2)[..., :rank] if grad.shape[1] >= grad.shape[2] else left[..., :rank]
+
+    def down(self, choice: Array, full: Array) -> Array:
+        if full.shape[1] >= full.shape[2]:
+            return full @ choice
+        return jnp.swapaxes(choice, 1, 2) @ full
+
+    def up(self, choice: Array, low: Array, shape: Shape) -> Array:
+        if shape[1] >= shape[2]:
+            return low @ jnp.swapaxes(choice, 1, 2)
+        return choice @ low
+
+
+class BlockChoice(NamedTuple):
+    """Which matrices [n] int32, and where in the order the next choice begins."""
+
+    index: Array
+    cursor: Array
+
+
+@dataclass(frozen=True)
+class Block:
+    """n = round(rho N) of a leaf's matrices, whole: at each refresh the next ones of an order, or for `random` any.
+    `mirror` goes from both ends to the middle. Experts are matrices too: of [L, E, d, f] a block is one expert of one
+    layer.
+
+    The released code counts matrices over the whole model; here a leaf has its own share, so that state has one size.
+    """
+
+    density: float
+    order: Order = "random"
+    coordinates = True
+
+    def count(self, total: int) -> int:
+        count = round(self.density * total)
+        require(1 <= count <= total, "density", self.density, f"1 to {total} of {total} matrices, not {count}")
+        odd = self.order == "mirror" and count % 2 == 1
+        require(not odd, "order", self.order, f"an even number of active matrices, not {count}")
+        return count
+
+    def init(self, shape: Shape) -> BlockChoice:
+        return BlockChoice(jnp.arange(self.count(shape[0]), dtype=jnp.int32), jnp.int32(0))
+
+    def refresh(self, choice: BlockChoice, grad: Array, key: Array) -> BlockChoice:
+        total, count = grad.shape[0], choice.index.shape[0]
+        forward = np.arange(total)
+        places = {"ascending": forward, "descending": forward[::-1], "mirror": mirrored(total)}
+        if self.order == "random":
+            order, begin = jax.random.permutation(key, total), 0
+        else:
+            order, begin = jnp.asarray(places[self.order]), choice.cursor
+        index = jnp.sort(order[(begin + jnp.arange(count)) % total]).astype(jnp.int32)
+        return BlockChoice(index, (choice.cursor + count) % total)
+
+    def down(self, choice: BlockChoice, full: Array) -> Array:
+        return full[choice.index]
+
+    def up(self, choice: BlockChoice, low: Array, shape: Shape) -> Array:
+        return jnp.zeros(shape, low.dtype).at[choice.index].set(low)
+
+
+def mirrored(total: int) -> np.ndarray:
+    """0, total - 1, 1, total - 2, ..."""
+    ends = np.stack([np.arange(total), np.arange(total)[::-1]], axis=1)
+    return ends.reshape(-1)[:total]
+
+
+def columns(density: float, shards: int = 1) -> Coordinates:
+    """See the module."""
+    return Coordinates(_share(density), "columns", shards)
+
+
+def rows(density: float, shards: int = 1) -> Coordinates:
+    """See the module."""
+    return Coordinates(_share(density), "rows", shards)
+
+
+def randk(density: float) -> Coordinates:
+    """See the module. Flat int32 places: 4 bytes an entry, where the released code has 16."""
+    return Coordinates(_share(density), "randk")
+
+
+def svd(density: float) -> LowRank:
+    """See the module."""
+    return LowRank(_share(density), "svd")
+
+
+def random(density: float) -> LowRank:
+    """See the module."""
+    return LowRank(_share(density), "random")
+
+
+def block(density: float, order: Order = "random") -> Block:
+    """See the module."""
+    orders = ("random", "ascending", "descending", "mirror")
+    require(order in orders, "order", order, f"one of {', '.join(orders)}")
+    return Block(_share(density), order)
+
+
+def _share(density: float) -> float:
+    require(0 < density <= 1, "density", density, "above 0, at most 1; for 0 take no subspace")
+    return float(density)
+
+
+SUBSPACES: dict[str, Callable[..., Subspace]] = {
+    "columns": columns, "rows": rows, "randk": randk, "svd": svd, "random": random, "block": block,
+}  # fmt: skip
