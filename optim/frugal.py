@@ -5,14 +5,14 @@ algorithm 1. With gradient G, every T steps a new subspace and fresh moments, an
 
     g = down(G),  R = G - up(g),  d = inner(g),  direction = s (up(d) + s_free rule(R))
 
-where rule is the sign or R itself. Because Adam's first step after a reset is the sign of g, one learning rate serves
-both parts. The gradient of every weight is still needed: what is saved is state, nothing else.
+where rule is the sign, R itself, or nothing. Because Adam's first step after a reset is the sign of g, one learning
+rate serves both parts. The gradient of every weight is still needed: what is saved is state, nothing else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,11 @@ import optax
 from jax import Array
 
 from optim.checks import require
-from optim.subspaces import MatrixAxes, Subspace, matrices
+from optim.subspaces import Axes, Matrices, Subspace, as_matrices, first_choices, next_choices, plain_axes
 
-Rule = Literal["sign", "sgd"]
+Rule = Literal["sign", "sgd", "none"]
+AtRefresh = Literal["reset", "move", "keep"]
 RULES: dict[str, Callable[[Array], Array]] = {"sign": jnp.sign, "sgd": lambda residual: residual}
-Axes = Callable[[str, Any], MatrixAxes]
-
 
 class FrugalState(NamedTuple):
     """`choices` has a subspace's choice in place of each parameter; `inner` is the inner transform's state."""
@@ -33,12 +32,6 @@ class FrugalState(NamedTuple):
     count: Any
     choices: Any
     inner: Any
-
-
-def plain_axes(name: str, leaf: Any) -> MatrixAxes:
-    """A leaf of two axes is one matrix. ValueError for any other, whose axes must be told."""
-    require(leaf.ndim == 2, f"{name}.shape", tuple(leaf.shape), "two axes; give `axes` for stacked or split ones")
-    return MatrixAxes()
 
 
 def scale_by_frugal(
@@ -49,7 +42,7 @@ def scale_by_frugal(
     rule: Rule = "sign",
     stateless_scale: float = 1.0,
     subspace_scale: float = 1.0,
-    reset: bool = True,
+    at_refresh: AtRefresh = "reset",
     seed: int = 0,
     axes: Axes = plain_axes,
 ) -> optax.GradientTransformation:
@@ -59,10 +52,10 @@ def scale_by_frugal(
       subspace: of `optim.subspaces`; None is density 0, all of every weight by the rule.
       update_gap: T, steps between refreshes; the first step refreshes.
       inner: what has the state, without parameters or decay; by default `optax.scale_by_adam()`.
-      rule: of the residual, its sign or itself.
+      rule: of the residual: its sign, itself, or none, which leaves it out.
       stateless_scale, subspace_scale: s_free and s.
-      reset: inner state begins anew at a refresh; False moves it: up from the old subspace, down to the new one, as
-        the paper allows for subspaces of coordinates.
+      at_refresh: inner state is reset; or moved, up from the old subspace and down to the new one, as the paper allows
+        for subspaces of coordinates; or kept as it is, in the old one's terms, as GaLore does.
       seed: of the draws, which are a function of (seed, step, parameter's place).
       axes: (name, leaf) -> which of its axes make matrices.
 
@@ -70,92 +63,74 @@ def scale_by_frugal(
       ValueError: bad options; at init, parameters that are no matrices, too small for the density, or not real numbers,
         and an inner transform that needs parameters.
     """
-    require(rule in RULES, "rule", rule, f"one of {', '.join(RULES)}")
+    require(rule in (*RULES, "none"), "rule", rule, f"one of {', '.join(RULES)}, none")
+    require(at_refresh in get_args(AtRefresh), "at_refresh", at_refresh, "reset, move or keep")
+    require(subspace is not None or rule != "none", "rule", rule, "a rule, for density 0")
     if isinstance(update_gap, int):
         require(update_gap >= 1, "update_gap", update_gap, "at least 1")
     if subspace is not None and not subspace.coordinates:
-        noise = subspace.density == 1 and rule == "sign"
-        require(not noise, "density", subspace.density, "below 1: the sign of a residual that is rounding alone")
-        require(reset, "reset", reset, "True: moments of singular directions have no meaning in new ones")
+        require(at_refresh != "move", "at_refresh", at_refresh, "reset or keep: squares of directions do not rotate")
     inner = optax.scale_by_adam() if inner is None else inner
 
-    def named_views(tree: Any) -> tuple[list[str], list[Array], list[tuple[int, ...]], Any]:
-        """Names, matrices [N, a, b] in at least float32, leaf shapes and the structure."""
-        paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
-        names, views = [], []
-        for path, leaf in paths:
-            name = jax.tree_util.keystr(path)
-            require(jnp.issubdtype(leaf.dtype, jnp.floating), f"{name}.dtype", str(leaf.dtype), "real floating point")
-            names.append(name)
-            views.append(matrices(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), axes(name, leaf)))
-        return names, views, [leaf.shape for _, leaf in paths], treedef
-
     def init(params: Any) -> FrugalState:
-        names, views, _, treedef = named_views(params)
+        model = as_matrices(params, axes)
         if subspace is None:
             return FrugalState(jnp.int32(0), (), ())
-        choices, lows = [], []
-        for name, view in zip(names, views, strict=True):
-            try:
-                choices.append(subspace.init(view.shape))
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
-            lows.append(jnp.zeros_like(subspace.down(choices[-1], view)))
-        started = inner.init(treedef.unflatten(lows))
+        choices, lows = first_choices(subspace, model)
+        for name, view, low in zip(model.names, model.views, lows, strict=True):
+            some = rule != "sign" or subspace.coordinates or low.size < view.size
+            require(some, f"{name}: subspace", subspace, "directions left over: the sign of rounding would be large")
+        started = inner.init(model.treedef.unflatten(lows))
         try:
-            jax.eval_shape(inner.update, treedef.unflatten(lows), started)
+            jax.eval_shape(inner.update, model.treedef.unflatten(lows), started)
         except ValueError as error:
             raise ValueError(f"inner = {inner!r}: expected a transform that needs no parameters ({error})") from None
-        return FrugalState(jnp.int32(0), treedef.unflatten(choices), started)
+        return FrugalState(jnp.int32(0), model.treedef.unflatten(choices), started)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, FrugalState]:
         del params
-        _, views, shapes, treedef = named_views(updates)
+        grads, count = as_matrices(updates, axes), optax.safe_increment(state.count)
         if subspace is None:
-            free = [subspace_scale * stateless_scale * RULES[rule](view) for view in views]
-            made = [direction.reshape(shape) for direction, shape in zip(free, shapes, strict=True)]
-            return treedef.unflatten(made), state._replace(count=optax.safe_increment(state.count))
-        fresh, key = state.count % update_gap == 0, jax.random.fold_in(jax.random.key(seed), state.count)
+            free = subspace_scale * stateless_scale
+            return grads.leaves([free * RULES[rule](view) for view in grads.views]), state._replace(count=count)
+        treedef, fresh = grads.treedef, state.count % update_gap == 0
         before = treedef.flatten_up_to(state.choices)
-        choices = [
-            jax.lax.cond(fresh, subspace.refresh, lambda choice, *_: choice, choice, view, jax.random.fold_in(key, i))
-            for i, (choice, view) in enumerate(zip(before, views, strict=True))
-        ]
-        lows = [subspace.down(choice, view) for choice, view in zip(choices, views, strict=True)]
+        choices = next_choices(subspace, before, grads, fresh, jax.random.fold_in(jax.random.key(seed), state.count))
+        lows = [subspace.down(choice, view) for choice, view in zip(choices, grads.views, strict=True)]
         low_tree = treedef.unflatten(lows)
-        if reset:
+        if at_refresh == "reset":
             new = inner.init(jax.tree.map(jnp.zeros_like, low_tree))
+        elif at_refresh == "move":
+            new = _moved(subspace, state.inner, before, choices, grads)
         else:
-            new = _moved(subspace, state.inner, before, choices, views, treedef)
+            new = state.inner
         kept = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), new, state.inner)
         directions, kept = inner.update(low_tree, kept)
         made = []
-        for choice, view, low, direction, shape in zip(
-            choices, views, lows, treedef.flatten_up_to(directions), shapes, strict=True
+        for choice, view, low, direction in zip(
+            choices, grads.views, lows, treedef.flatten_up_to(directions), strict=True
         ):
-            residual = view - subspace.up(choice, low, view.shape)
-            whole = subspace.up(choice, direction, view.shape) + stateless_scale * RULES[rule](residual)
-            made.append((subspace_scale * whole).reshape(shape))
-        following = FrugalState(optax.safe_increment(state.count), treedef.unflatten(choices), kept)
-        return treedef.unflatten(made), following
+            whole = subspace.up(choice, direction, view.shape)
+            if rule != "none":
+                whole += stateless_scale * RULES[rule](view - subspace.up(choice, low, view.shape))
+            made.append(subspace_scale * whole)
+        return grads.leaves(made), FrugalState(count, treedef.unflatten(choices), kept)
 
     return optax.GradientTransformation(init, update)
 
 
-def _moved(
-    subspace: Subspace, inner: Any, before: list[Any], after: list[Any], views: list[Array], treedef: Any
-) -> Any:
+def _moved(subspace: Subspace, inner: Any, before: list[Any], after: list[Any], grads: Matrices) -> Any:
     """Inner state with every tree that is like the parameters taken up from the old subspaces and down to the new."""
 
     def like_params(node: Any) -> bool:
-        return jax.tree.structure(node) == treedef
+        return jax.tree.structure(node) == grads.treedef
 
     def move(node: Any) -> Any:
         if not like_params(node):
             return node
-        lows = treedef.flatten_up_to(node)
-        full = [subspace.up(old, low, view.shape) for old, low, view in zip(before, lows, views, strict=True)]
-        return treedef.unflatten([subspace.down(new, x) for new, x in zip(after, full, strict=True)])
+        lows = grads.treedef.flatten_up_to(node)
+        full = [subspace.up(old, low, view.shape) for old, low, view in zip(before, lows, grads.views, strict=True)]
+        return grads.treedef.unflatten([subspace.down(new, x) for new, x in zip(after, full, strict=True)])
 
     return jax.tree.map(move, inner, is_leaf=like_params)
 
@@ -175,7 +150,7 @@ def frugal(
     rule: Rule = "sign",
     stateless_scale: float = 1.0,
     subspace_scale: float = 1.0,
-    reset: bool = True,
+    at_refresh: AtRefresh = "reset",
     seed: int = 0,
     axes: Axes = plain_axes,
 ) -> optax.GradientTransformation:
@@ -197,16 +172,17 @@ def frugal(
         rule=rule,
         stateless_scale=stateless_scale,
         subspace_scale=subspace_scale,
-        reset=reset,
+        at_refresh=at_refresh,
         seed=seed,
         axes=axes,
     )
     return optax.chain(
-        optax.partition({"frugal": matrix, "adam": adam}, _by_axes if labels is None else labels),
+        optax.partition({"frugal": matrix, "adam": adam}, by_axes("frugal") if labels is None else labels),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
-def _by_axes(params: Any) -> Any:
-    return jax.tree.map(lambda leaf: "frugal" if leaf.ndim == 2 else "adam", params)
+def by_axes(label: str) -> Callable[[Any], Any]:
+    """Labels for `optax.partition`: leaves of two axes have that one, others `adam`."""
+    return lambda params: jax.tree.map(lambda leaf: label if leaf.ndim == 2 else "adam", params)

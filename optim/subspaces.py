@@ -6,9 +6,9 @@ onto it: idempotent, and x minus it is orthogonal to it.
 
     columns, rows   floor(rho b) columns or floor(rho a) rows drawn at random       (FRUGAL, 2411.07837)
     randk           floor(rho a b) entries drawn at random
-    svd             the r = round(rho min(a, b)) leading singular vectors of the gradient, on the shorter side (GaLore,
-                    2403.03507)
-    random          r orthonormal directions drawn at random, on the shorter side
+    svd             the leading singular vectors of the gradient on the shorter side (GaLore, 2403.03507), of rank r
+                    or r = round(rho min(a, b))
+    random          as many orthonormal directions drawn at random
     block           round(rho N) whole matrices, in an order                        (BAdam, 2404.02827; FRUGAL)
 
 Legend: N matrices, a rows, b columns, k chosen, r rank, n chosen matrices, rho density.
@@ -17,7 +17,7 @@ Legend: N matrices, a rows, b columns, k chosen, r rank, n chosen matrices, rho 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -55,9 +55,6 @@ class Subspace(Protocol):
         """Whether it chooses entries, so that a residual is exactly 0 there."""
         ...
 
-    @property
-    def density(self) -> float: ...
-
     def init(self, shape: Shape) -> Choice:
         """A choice of the right shapes, before the first `refresh`. ValueError if it would choose nothing."""
         ...
@@ -69,6 +66,62 @@ class Subspace(Protocol):
     def down(self, choice: Choice, full: Array) -> Array: ...
 
     def up(self, choice: Choice, low: Array, shape: Shape) -> Array: ...
+
+
+Axes = Callable[[str, Any], MatrixAxes]
+
+
+def plain_axes(name: str, leaf: Any) -> MatrixAxes:
+    """A leaf of two axes is one matrix. ValueError for any other, whose axes must be told."""
+    require(leaf.ndim == 2, f"{name}.shape", tuple(leaf.shape), "two axes; give `axes` for stacked or split ones")
+    return MatrixAxes()
+
+
+class Matrices(NamedTuple):
+    """A tree's leaves as [N, a, b] in float32 or above, with their names, shapes and the tree's structure."""
+
+    names: list[str]
+    views: list[Array]
+    shapes: list[tuple[int, ...]]
+    treedef: Any
+
+    def leaves(self, views: Sequence[Array]) -> Any:
+        """The tree again, of other views."""
+        return self.treedef.unflatten([view.reshape(shape) for view, shape in zip(views, self.shapes, strict=True)])
+
+
+def as_matrices(tree: Any, axes: Axes) -> Matrices:
+    """ValueError for a leaf that is not of real numbers, or as `axes` has it."""
+    names, views, shapes = [], [], []
+    paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    for path, leaf in paths:
+        name = jax.tree_util.keystr(path)
+        require(jnp.issubdtype(leaf.dtype, jnp.floating), f"{name}.dtype", str(leaf.dtype), "real floating point")
+        names.append(name)
+        views.append(matrices(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), axes(name, leaf)))
+        shapes.append(leaf.shape)
+    return Matrices(names, views, shapes, treedef)
+
+
+def first_choices(subspace: Subspace, model: Matrices) -> tuple[list[Choice], list[Array]]:
+    """A choice for each leaf and zeros of what is below it. ValueError names the leaf that cannot have one."""
+    choices, lows = [], []
+    for name, view in zip(model.names, model.views, strict=True):
+        try:
+            choices.append(subspace.init(view.shape))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        lows.append(jnp.zeros_like(subspace.down(choices[-1], view)))
+    return choices, lows
+
+
+def next_choices(subspace: Subspace, before: list[Choice], grads: Matrices, fresh: Array, key: Array) -> list[Choice]:
+    """New choices if `fresh`, each leaf with a key of its own; else those of before, and nothing is computed."""
+    keep = lambda choice, *_: choice  # noqa: E731
+    return [
+        jax.lax.cond(fresh, subspace.refresh, keep, choice, view, jax.random.fold_in(key, i))
+        for i, (choice, view) in enumerate(zip(before, grads.views, strict=True))
+    ]
 
 
 def _chosen(density: float, size: int, what: str) -> int:
@@ -136,14 +189,15 @@ class LowRank:
     """Orthonormal directions of the shorter side, singular vectors of the gradient or random ones. Keeps float32
     [N, min(a, b), r]; for a >= b they multiply from the right, as GaLore has it."""
 
-    density: float
-    kind: Literal["svd", "random"]
+    size: float | int
+    kind: Literal["svd", "random", "gaussian"]
     coordinates = False
 
     def rank(self, shape: Shape) -> int:
         short = min(shape[1:])
-        rank = round(self.density * short)
-        require(1 <= rank <= short, "density", self.density, f"a rank of 1 to {short} for a matrix {shape[1:]}")
+        rank = round(self.size * short) if isinstance(self.size, float) else self.size
+        name = "density" if isinstance(self.size, float) else "rank"
+        require(1 <= rank <= short, name, self.size, f"a rank of 1 to {short} for a matrix {tuple(shape[1:])}")
         return rank
 
     def init(self, shape: Shape) -> Array:
@@ -156,6 +210,8 @@ class LowRank:
             normal = jax.random.normal(key, (choice.shape[0], short, rank), choice.dtype)
             q, r = jnp.linalg.qr(normal)
             return q * jnp.sign(jnp.diagonal(r, axis1=1, axis2=2))[:, None, :]
+        if self.kind == "gaussian":
+            return jax.random.normal(key, (choice.shape[0], short, rank), choice.dtype) / math.sqrt(rank)
         left, _, right = jnp.linalg.svd(grad, full_matrices=False)
         return jnp.swapaxes(right, 1, 2)[..., :rank] if grad.shape[1] >= grad.shape[2] else left[..., :rank]
 
@@ -239,14 +295,19 @@ def randk(density: float) -> Coordinates:
     return Coordinates(_share(density), "randk")
 
 
-def svd(density: float) -> LowRank:
-    """See the module."""
-    return LowRank(_share(density), "svd")
+def svd(density: float | None = None, *, rank: int | None = None) -> LowRank:
+    """See the module; one of the two."""
+    return LowRank(_size(density, rank), "svd")
 
 
-def random(density: float) -> LowRank:
-    """See the module."""
-    return LowRank(_share(density), "random")
+def random(density: float | None = None, *, rank: int | None = None) -> LowRank:
+    """See the module; one of the two."""
+    return LowRank(_size(density, rank), "random")
+
+
+def gaussian(*, rank: int) -> LowRank:
+    """Normal directions of variance 1 / r, which keep a vector's length on average: APOLLO's. No projection."""
+    return LowRank(_size(None, rank), "gaussian")
 
 
 def block(density: float, order: Order = "random") -> Block:
@@ -261,6 +322,10 @@ def _share(density: float) -> float:
     return float(density)
 
 
-SUBSPACES: dict[str, Callable[..., Subspace]] = {
-    "columns": columns, "rows": rows, "randk": randk, "svd": svd, "random": random, "block": block,
-}  # fmt: skip
+def _size(density: float | None, rank: int | None) -> float | int:
+    if rank is None:
+        require(density is not None, "density", None, "a density or a rank")
+        return _share(density or 0.0)
+    require(density is None, "density", density, f"none beside rank = {rank}")
+    require(isinstance(rank, int) and rank >= 1, "rank", rank, "at least 1")
+    return rank

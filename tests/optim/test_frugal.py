@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from optim.frugal import FrugalState, frugal, plain_axes, scale_by_frugal
-from optim.subspaces import MatrixAxes, block, columns, randk, random, rows, svd
+from optim.frugal import FrugalState, frugal, scale_by_frugal
+from optim.subspaces import MatrixAxes, block, columns, plain_axes, randk, random, rows, svd
 
 STACKED = lambda name, leaf: MatrixAxes(leaf.ndim - 2, 1)  # noqa: E731
 SUBSPACES = {
@@ -170,7 +170,7 @@ def test_the_update_has_full_rank_where_a_subspaces_alone_has_not(name):
 @pytest.mark.parametrize("name", ["columns", "rows", "randk", "block"])
 def test_moved_state_keeps_what_both_subspaces_share(name):
     """Without a reset, a coordinate that stays chosen has Adam's moments of all its steps; a new one begins at zero."""
-    tx = scale_by_frugal(SUBSPACES[name], update_gap=2, reset=False, axes=STACKED)
+    tx = scale_by_frugal(SUBSPACES[name], update_gap=2, at_refresh="move", axes=STACKED)
     state = tx.init(params())
     masks, moments = [], {leaf: np.zeros_like(x) for leaf, x in params().items()}
     for grads in gradients(3):
@@ -219,7 +219,7 @@ def test_a_refresh_compiles_nothing_and_low_precision_keeps_float32_state(name):
 
 
 def test_hyperparameters_are_injected_and_not_a_number_stays_one():
-    static = ("subspace", "labels", "axes", "update_gap", "inner", "rule", "reset", "seed")
+    static = ("subspace", "labels", "axes", "update_gap", "inner", "rule", "at_refresh", "seed")
     made = optax.inject_hyperparams(frugal, static_args=static)
     tx = made(learning_rate=0.01, subspace=columns(0.25), labels=LABELS, axes=STACKED, update_gap=2)
     start = jax.tree.map(jnp.asarray, params())
@@ -250,8 +250,10 @@ def test_the_default_labels_are_matrices():
     [
         ({"update_gap": 0}, {}, "update_gap = 0"),
         ({"rule": "signum"}, {}, "rule = 'signum'"),
-        ({"subspace": svd(1.0)}, {}, "density = 1.0: expected below 1"),
-        ({"subspace": svd(0.5), "reset": False}, {}, "reset = False"),
+        ({"subspace": svd(1.0)}, {"w": np.ones((4, 6), np.float32)}, r"\['w'\]: subspace = .*directions left over"),
+        ({"subspace": svd(0.5), "at_refresh": "move"}, {}, "at_refresh = 'move'"),
+        ({"at_refresh": "shake"}, {}, "at_refresh = 'shake'"),
+        ({"subspace": None, "rule": "none"}, {}, "rule = 'none'"),
         ({"axes": plain_axes}, {"w": np.ones((2, 3, 4), np.float32)}, r"\['w'\].shape = \(2, 3, 4\): expected two"),
         ({}, {"w": np.ones((4, 4), np.int32)}, r"\['w'\].dtype = 'int32'"),
         ({}, {"w": np.ones((4, 4), np.complex64)}, r"\['w'\].dtype = 'complex64'"),

@@ -119,6 +119,10 @@ def test_a_leaf_as_matrices():
     [
         (lambda: columns(0.0), "density = 0.0: expected above 0"),
         (lambda: svd(1.5), "density = 1.5"),
+        (lambda: svd(rank=0), "rank = 0"),
+        (lambda: random(0.5, rank=2), "density = 0.5: expected none beside rank = 2"),
+        (lambda: svd(), "density = None"),
+        (lambda: svd(rank=9).init((2, 8, 8)), "rank = 9: expected a rank of 1 to 8"),
         (lambda: block(0.5, "upwards"), "order = 'upwards'"),
         (lambda: columns(0.05).init((2, 4, 4)), "at least one of 4 columns"),
         (lambda: columns(0.5, shards=4).init((2, 4, 12)), "shards = 4"),
