@@ -1,8 +1,9 @@
 """GaLore: Adam in the leading singular directions of the gradient; nothing else of it is used.
 
 Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection", 2403.03507, algorithm 2. As
-published, moments stay as they are when the directions change, on a basis that is no longer theirs. The released
-Adam's eps is not corrected for bias: here it counts by sqrt(1 - b2^t) less, which only shows while it matters.
+published, moments stay as they are when the directions change, on a basis that is no longer theirs: from the second
+window on the trajectory depends on the signs of singular vectors, which a decomposition may choose. The released Adam's
+eps is not corrected for bias: here it counts by sqrt(1 - b2^t) less, which only shows while it matters.
 `optax.contrib.galore` reduces the longer side instead.
 """
 
@@ -13,7 +14,7 @@ from typing import Any
 import optax
 
 from optim.frugal import by_axes, scale_by_frugal
-from optim.subspaces import Axes, plain_axes, svd
+from optim.subspaces import Axes, Subspace, plain_axes, svd
 
 
 def scale_by_galore(
@@ -22,6 +23,7 @@ def scale_by_galore(
     update_gap: int = 200,
     scale: float = 0.25,
     inner: optax.GradientTransformation | None = None,
+    subspace: Subspace | None = None,
     axes: Axes = plain_axes,
 ) -> optax.GradientTransformation:
     """The direction of GaLore for weight matrices: FRUGAL on singular directions, without a rule for the rest.
@@ -31,6 +33,7 @@ def scale_by_galore(
       update_gap: steps between two decompositions.
       scale: of the direction (alpha of the paper).
       inner: by default `optax.scale_by_adam(eps=1e-6)`, the released eps.
+      subspace: what projects; by default `subspaces.svd(rank=rank)`.
       axes: as in `scale_by_frugal`.
 
     Raises:
@@ -38,7 +41,8 @@ def scale_by_galore(
     """
     inner = optax.scale_by_adam(eps=1e-6) if inner is None else inner
     options = {"update_gap": update_gap, "inner": inner, "subspace_scale": scale, "axes": axes}
-    return scale_by_frugal(svd(rank=rank), rule="none", at_refresh="keep", **options)
+    subspace = svd(rank=rank) if subspace is None else subspace
+    return scale_by_frugal(subspace, rule="none", at_refresh="keep", **options)
 
 
 def galore(

@@ -59,11 +59,13 @@ def test_causality_by_gradient_through_the_embedding_of_each_position(name):
     tokens = jnp.arange(S)[None] % V  # all different: the gradient of row v of the embedding is that of one position
     _, segments, positions = inputs(1)
 
-    def at(embedding, t):
+    @jax.jit
+    @jax.grad
+    def gradient(embedding, t):
         return run({**params, "embedding": embedding}, tokens, segments, positions)[0][0, t].sum()
 
     for t in (0, S // 2):
-        grad = jax.grad(at)(params["embedding"], t)[:S]
+        grad = gradient(params["embedding"], t)[:S]
         reach = np.abs(np.asarray(grad)).sum(axis=-1)
         if not config.tie_embeddings:
             assert (reach[t + 1 :] == 0).all()
