@@ -9,7 +9,8 @@ onto it: idempotent, and x minus it is orthogonal to it.
     svd             the leading singular vectors of the gradient on the shorter side (GaLore, 2403.03507), of rank r
                     or r = round(rho min(a, b))
     random          as many orthonormal directions drawn at random
-    block           round(rho N) whole matrices, in an order                        (BAdam, 2404.02827; FRUGAL)
+    block           round(rho N) whole matrices, in an order                        (FRUGAL)
+    layers          some layers, the same in every leaf       (BAdam, 2404.02827; LISA, 2403.17919)
 
 Legend: N matrices, a rows, b columns, k chosen, r rank, n chosen matrices, rho density.
 """
@@ -19,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ from optim.checks import require
 Choice = Any  # what a subspace keeps: arrays
 Shape = tuple[int, ...]  # N, a, b
 Order = Literal["random", "ascending", "descending", "mirror"]
+LayerOrder = Literal["random", "ascending", "descending", "shuffled"]
 
 
 class MatrixAxes(NamedTuple):
@@ -233,8 +235,20 @@ class BlockChoice(NamedTuple):
     cursor: Array
 
 
+class Whole:
+    """What block and layers share: some of the N matrices, whole."""
+
+    coordinates = True
+
+    def down(self, choice: BlockChoice, full: Array) -> Array:
+        return full[choice.index]
+
+    def up(self, choice: BlockChoice, low: Array, shape: Shape) -> Array:
+        return jnp.zeros(shape, low.dtype).at[choice.index].set(low)
+
+
 @dataclass(frozen=True)
-class Block:
+class Block(Whole):
     """n = round(rho N) of a leaf's matrices, whole: at each refresh the next ones of an order, or for `random` any.
     `mirror` goes from both ends to the middle. Experts are matrices too: of [L, E, d, f] a block is one expert of one
     layer.
@@ -244,7 +258,6 @@ class Block:
 
     density: float
     order: Order = "random"
-    coordinates = True
 
     def count(self, total: int) -> int:
         count = round(self.density * total)
@@ -267,11 +280,36 @@ class Block:
         index = jnp.sort(order[(begin + jnp.arange(count)) % total]).astype(jnp.int32)
         return BlockChoice(index, (choice.cursor + count) % total)
 
-    def down(self, choice: BlockChoice, full: Array) -> Array:
-        return full[choice.index]
 
-    def up(self, choice: BlockChoice, low: Array, shape: Shape) -> Array:
-        return jnp.zeros(shape, low.dtype).at[choice.index].set(low)
+@dataclass(frozen=True)
+class Layers(Whole):
+    """`active` of the N = L layers on a leaf's first axis; every leaf has the same ones at the same step.
+
+    ascending, descending   in turn
+    shuffled                in turn, in an order drawn anew for each round
+    random                  drawn anew each time
+    """
+
+    active: int
+    order: LayerOrder = "random"
+    seed: int = 0
+
+    def init(self, shape: Shape) -> BlockChoice:
+        require(1 <= self.active <= shape[0], "active", self.active, f"1 to {shape[0]} layers")
+        return BlockChoice(jnp.arange(self.active, dtype=jnp.int32), jnp.int32(0))
+
+    def refresh(self, choice: BlockChoice, grad: Array, key: Array) -> BlockChoice:
+        del key  # it differs between leaves
+        total, at = grad.shape[0], choice.cursor  # layers chosen so far
+        rounds = {"shuffled": at // total, "random": at // self.active}
+        if self.order in rounds:
+            drawn = jax.random.fold_in(jax.random.key(self.seed), rounds[self.order])
+            order = jax.random.permutation(drawn, total)
+        else:
+            order = jnp.arange(total) if self.order == "ascending" else jnp.arange(total)[::-1]
+        begin = 0 if self.order == "random" else at % total
+        index = jnp.sort(order[(begin + jnp.arange(self.active)) % total]).astype(jnp.int32)
+        return BlockChoice(index, at + self.active)
 
 
 def mirrored(total: int) -> np.ndarray:
@@ -312,9 +350,15 @@ def gaussian(*, rank: int) -> LowRank:
 
 def block(density: float, order: Order = "random") -> Block:
     """See the module."""
-    orders = ("random", "ascending", "descending", "mirror")
-    require(order in orders, "order", order, f"one of {', '.join(orders)}")
+    require(order in get_args(Order), "order", order, f"one of {', '.join(get_args(Order))}")
     return Block(_share(density), order)
+
+
+def layers(active: int, order: LayerOrder = "random", seed: int = 0) -> Layers:
+    """See `Layers`."""
+    require(order in get_args(LayerOrder), "order", order, f"one of {', '.join(get_args(LayerOrder))}")
+    require(isinstance(active, int) and active >= 1, "active", active, "at least 1")
+    return Layers(active, order, seed)
 
 
 def _share(density: float) -> float:

@@ -49,7 +49,8 @@ HEADS = {
 NORM_EPS, ROPE_THETA = 1e-5, 10_000.0
 
 # Adam's eps is so small that where it stands, inside of the correction for bias or outside, makes no difference.
-OPTIMIZER = {"lr": 0.05, "eps": 1e-12, "rank": 3, "gap": 4, "steps": 10, "shapes": [(8, 12), (12, 8)]}
+OPTIMIZER = {"lr": 0.05, "eps": 1e-12, "rank": 3, "gap": 4, "steps": 10, "shapes": [(8, 12), (12, 8)],
+             "layers": (3, 4, 5)}  # fmt: skip
 
 
 def draw(name: str, shape: tuple[int, ...], scale: float = 1.0) -> np.ndarray:

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from optim.apollo import apollo
 from optim.frugal import FrugalState, frugal
 from optim.galore import galore
+from optim.layerwise import lisa
 from optim.sharding import bytes_per_device, opt_state_shardings
 from optim.subspaces import MatrixAxes, block, columns, randk, rows, svd
 from parallel.mesh import make_mesh
@@ -41,6 +42,7 @@ OPTIMIZERS = {
     "svd": frugal(0.01, svd(0.25), labels=labels("frugal"), axes=axes, update_gap=2),
     "block": frugal(0.01, block(0.5), labels=labels("frugal"), axes=axes, update_gap=2),
     "galore": galore(0.01, 2, labels=labels("galore"), axes=axes, update_gap=2),
+    "lisa": lisa(0.01, labels("layers"), active=1, update_gap=2),
     "apollo": apollo(0.01, 2, labels=labels("apollo"), axes=axes, update_gap=2),
 }
 

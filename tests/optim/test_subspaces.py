@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optim.subspaces import MatrixAxes, block, columns, matrices, mirrored, randk, random, rows, svd
+from optim.subspaces import MatrixAxes, block, columns, layers, matrices, mirrored, randk, random, rows, svd
 
 SHAPES = [(3, 8, 12), (3, 12, 8)]
 SUBSPACES = {
@@ -18,6 +18,7 @@ SUBSPACES = {
     "block": (block(0.67), lambda n, a, b: (2, a, b)),
     "block_mirror": (block(0.67, "mirror"), lambda n, a, b: (2, a, b)),
     "block_ascending": (block(0.34, "ascending"), lambda n, a, b: (1, a, b)),
+    "layers": (layers(2), lambda n, a, b: (2, a, b)),
 }
 
 
@@ -60,7 +61,7 @@ def test_a_choice_keeps_its_shapes_and_is_a_function_of_its_key(name):
         assert a.shape == b.shape
         assert a.dtype == b.dtype
     jax.tree.map(np.testing.assert_array_equal, first, again)
-    drawn = name not in ("svd", "block_mirror", "block_ascending")
+    drawn = name not in ("svd", "block_mirror", "block_ascending", "layers")
     same = all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other)))
     assert drawn != same
 
@@ -107,6 +108,23 @@ def test_blocks_take_their_turns(order, seen):
     assert mirrored(5).tolist() == [0, 4, 1, 3, 2]
 
 
+@pytest.mark.parametrize("order", ["ascending", "descending", "shuffled", "random"])
+def test_layers_are_the_same_in_every_leaf_and_take_their_turns(order):
+    subspace = layers(2, order, seed=3)
+    found = []
+    for shape, seed in (((6, 2, 3), 0), ((6, 5, 1), 9)):
+        choice, turns = subspace.init(shape), []
+        for i in range(12):
+            choice = subspace.refresh(choice, draw(shape, seed), jax.random.key(seed + i))
+            turns.append(choice.index.tolist())
+        found.append(turns)
+    assert found[0] == found[1]
+    rounds = [sorted(i for turn in found[0][j : j + 3] for i in turn) for j in (0, 3, 6, 9)]
+    assert all(len(set(turn)) == 2 for turn in found[0])
+    assert (rounds == [list(range(6))] * 4) == (order != "random")
+    assert (found[0][:3] == found[0][3:6]) == (order in ("ascending", "descending"))
+
+
 def test_a_leaf_as_matrices():
     leaf = draw((2, 3, 4, 5))
     np.testing.assert_array_equal(matrices(leaf, MatrixAxes(1, 1)), leaf.reshape(2, 3, 20))
@@ -123,6 +141,9 @@ def test_a_leaf_as_matrices():
         (lambda: random(0.5, rank=2), "density = 0.5: expected none beside rank = 2"),
         (lambda: svd(), "density = None"),
         (lambda: svd(rank=9).init((2, 8, 8)), "rank = 9: expected a rank of 1 to 8"),
+        (lambda: layers(0), "active = 0"),
+        (lambda: layers(1, "mirror"), "order = 'mirror'"),
+        (lambda: layers(3).init((2, 4, 4)), "active = 3: expected 1 to 2 layers"),
         (lambda: block(0.5, "upwards"), "order = 'upwards'"),
         (lambda: columns(0.05).init((2, 4, 4)), "at least one of 4 columns"),
         (lambda: columns(0.5, shards=4).init((2, 4, 12)), "shards = 4"),

@@ -1,0 +1,87 @@
+"""BAdam and LISA: Adam for some layers at a time, the others frozen, moments for the active ones alone.
+
+BAdam   one block of layers after another, everything else frozen      (Luo et al., 2404.02827, algorithm 1)
+LISA    gamma layers drawn anew each window; embeddings and head always (Pan et al., 2403.17919, algorithm 1)
+
+Leaves that are stacked over layers [L, ...] have slots for the active ones: the state is really small, and another
+choice compiles nothing. Moments begin anew with each choice. The gradient of all layers is still formed here; leaving
+that out is for the step that asks for it.
+Traps of the released code: BAdam's first block is active one step less than the others; LISA's never gives up the
+moments of layers that were active before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optax
+
+from optim.frugal import scale_by_frugal
+from optim.subspaces import LayerOrder, MatrixAxes, layers
+
+
+def scale_by_layers(
+    active: int,
+    *,
+    update_gap: int,
+    order: LayerOrder = "random",
+    inner: optax.GradientTransformation | None = None,
+    seed: int = 0,
+) -> optax.GradientTransformation:
+    """`inner`'s direction for the active layers of leaves [L, ...], zero for the others.
+
+    Args:
+      active: layers at a time.
+      update_gap: steps between two choices.
+      order: see `optim.subspaces.Layers`.
+      inner: by default `optax.scale_by_adam()`; it needs no parameters.
+      seed: of the draws.
+
+    Raises:
+      ValueError: bad options; at init, a leaf with fewer layers.
+    """
+    stacked = lambda name, leaf: MatrixAxes(1, 0)  # noqa: E731
+    return scale_by_frugal(layers(active, order, seed), update_gap=update_gap, inner=inner, rule="none", axes=stacked)
+
+
+def badam(
+    learning_rate: optax.ScalarOrSchedule,
+    labels: Any,
+    *,
+    active: int = 1,
+    update_gap: int = 50,
+    order: LayerOrder = "shuffled",
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    seed: int = 0,
+) -> optax.GradientTransformation:
+    """BAdam. `labels` says `layers` for leaves stacked over layers, `frozen` for all others (or `adam`, to train those
+    too); no decay, which frozen layers must not have. 50 steps a block is the released default."""
+    return _whole(learning_rate, labels, active, update_gap, order, b1, b2, eps, seed)
+
+
+def lisa(
+    learning_rate: optax.ScalarOrSchedule,
+    labels: Any,
+    *,
+    active: int = 2,
+    update_gap: int = 20,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    seed: int = 0,
+) -> optax.GradientTransformation:
+    """LISA. `labels` says `layers` for leaves stacked over layers, `adam` for embeddings, head and what else is always
+    trained; no decay, which frozen layers must not have. 2 layers and 20 steps are what the authors use."""
+    return _whole(learning_rate, labels, active, update_gap, "random", b1, b2, eps, seed)
+
+
+def _whole(
+    learning_rate: optax.ScalarOrSchedule, labels: Any, active: int, update_gap: int, order: LayerOrder, b1: float,
+    b2: float, eps: float, seed: int,
+) -> optax.GradientTransformation:  # fmt: skip
+    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+    matrix = scale_by_layers(active, update_gap=update_gap, order=order, inner=adam, seed=seed)
+    parts = optax.partition({"layers": matrix, "adam": adam, "frozen": optax.set_to_zero()}, labels)
+    return optax.chain(parts, optax.scale_by_learning_rate(learning_rate))
