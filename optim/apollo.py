@@ -6,35 +6,21 @@ gradient G and d Adam's direction for g,
     channel   G_j norm(d_j) / norm(g_j), j along the longer side
     tensor    G norm(d) / norm(g)                                  (APOLLO-Mini, with rank 1)
 
-times sqrt(alpha), its norm allowed to grow by 1% a step (the limiter of Fira, 2410.01623). As released, the limiter
-sees directions before Adam's correction for bias, and the correction follows it.
+times sqrt(alpha), its norm limited in growth (`optim.projected`).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 from jax import Array
 
 from optim.checks import require
 from optim.frugal import by_axes
-from optim.subspaces import Axes, Subspace, as_matrices, first_choices, gaussian, next_choices, plain_axes
-
-EPS = 1e-8  # of the norms that divide
-Granularity = Literal["channel", "tensor"]
-
-
-class ApolloState(NamedTuple):
-    """`choices` has a projection in place of each parameter, `norms` [N] the limiter's last norm of each matrix."""
-
-    count: Any
-    choices: Any
-    adam: Any
-    norms: Any
+from optim.projected import Granularity, factors, limit_growth, scale_by_projected_adam
+from optim.subspaces import Axes, Choice, Subspace, gaussian, plain_axes
 
 
 def scale_by_apollo(
@@ -68,54 +54,15 @@ def scale_by_apollo(
       ValueError: bad options; parameters that are no matrices or have a shorter side below the rank, by name.
     """
     require(granularity in ("channel", "tensor"), "granularity", granularity, "channel or tensor")
-    if isinstance(update_gap, int):
-        require(update_gap >= 1, "update_gap", update_gap, "at least 1")
+
+    def combine(grad: Array, choice: Choice, low: Array, direction: Array, norm: Array) -> tuple[Array, Array]:
+        del choice
+        limited, norm = limit_growth(grad * factors(direction, low, grad.shape, granularity), norm, growth)
+        return math.sqrt(scale) * limited, norm
+
     projection = gaussian(rank=rank) if subspace is None else subspace
-    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
-
-    def init(params: Any) -> ApolloState:
-        model = as_matrices(params, axes)
-        choices, lows = first_choices(projection, model)
-        norms = model.treedef.unflatten([jnp.zeros(view.shape[0], view.dtype) for view in model.views])
-        unflatten = model.treedef.unflatten
-        return ApolloState(jnp.int32(0), unflatten(choices), adam.init(unflatten(lows)), norms)
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, ApolloState]:
-        del params
-        grads, count = as_matrices(updates, axes), optax.safe_increment(state.count)
-        treedef, key = grads.treedef, jax.random.fold_in(jax.random.key(seed), state.count)
-        before = treedef.flatten_up_to(state.choices)
-        choices = next_choices(projection, before, grads, state.count % update_gap == 0, key)
-        lows = [projection.down(choice, view) for choice, view in zip(choices, grads.views, strict=True)]
-        directions, moments = adam.update(treedef.unflatten(lows), state.adam)
-        corrected = jnp.sqrt(1 - b2**count) / (1 - b1**count)
-        made, norms = [], []
-        for view, low, direction, norm in zip(
-            grads.views, lows, treedef.flatten_up_to(directions), treedef.flatten_up_to(state.norms), strict=True
-        ):
-            factor = factors(direction / corrected, low, view.shape, granularity)
-            limited, norm = limit_growth(view * factor, norm, growth)
-            made.append(math.sqrt(scale) * corrected * limited)
-            norms.append(norm)
-        following = ApolloState(count, treedef.unflatten(choices), moments, treedef.unflatten(norms))
-        return grads.leaves(made), following
-
-    return optax.GradientTransformation(init, update)
-
-
-def factors(direction: Array, low: Array, shape: tuple[int, ...], granularity: Granularity) -> Array:
-    """norm(d) / norm(g) [N, a, 1], [N, 1, b] or [N, 1, 1], of d and g below matrices [N, a, b]."""
-    along = (1, 2) if granularity == "tensor" else (2 if shape[1] >= shape[2] else 1)
-    norm = lambda x: jnp.sqrt(jnp.sum(x * x, axis=along, keepdims=True))  # noqa: E731
-    return norm(direction) / (norm(low) + EPS)
-
-
-def limit_growth(direction: Array, before: Array, growth: float) -> tuple[Array, Array]:
-    """Directions [N, a, b] shrunk to `growth` times the norm before [N] where they exceed it, and their norms. The
-    first step, before which the norm is 0, is not limited."""
-    norm = jnp.sqrt(jnp.sum(direction * direction, axis=(1, 2)))
-    excess = jnp.where(before > 0, jnp.maximum(norm / (before + EPS), growth) / growth, 1.0)
-    return direction / excess[:, None, None], norm / excess
+    options = {"update_gap": update_gap, "b1": b1, "b2": b2, "eps": eps, "seed": seed, "axes": axes}
+    return scale_by_projected_adam(projection, combine, **options)
 
 
 def apollo(

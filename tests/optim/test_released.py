@@ -10,8 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from optim.apollo import apollo, apollo_mini, factors, limit_growth, scale_by_apollo
+from optim.apollo import apollo, apollo_mini, scale_by_apollo
+from optim.fira import fira, scale_by_fira
 from optim.galore import galore, scale_by_galore
+from optim.projected import factors, limit_growth
 from optim.subspaces import LowRank, gaussian
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -89,6 +91,34 @@ def test_apollo_equals_the_released_one(shape, granularity):
     np.testing.assert_allclose(trajectory(tx, shape), GOLDEN[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fira_equals_its_equations(shape):
+    """In NumPy, float64, one window; the projection is the state's own."""
+    rate, b1, b2, rank, (a, b) = 0.05, 0.9, 0.999, 3, shape
+    tx = scale_by_fira(rank, eps=1e-12)
+    weights = {"w": jnp.asarray(inputs.draw("optimizer/start", shape))}
+    state, update, want = tx.init(weights), jax.jit(tx.update), np.asarray(weights["w"], np.float64)
+    m = v = before = 0.0
+    for t in range(1, 9):
+        grad = inputs.draw(f"optimizer/{t}", shape).astype(np.float64)
+        updates, state = update({"w": jnp.asarray(grad, jnp.float32)}, state)
+        weights = {"w": weights["w"] - rate * updates["w"]}
+        p = np.asarray(state.choices["w"][0], np.float64)
+        right = a >= b
+        low = grad @ p if right else p.T @ grad
+        m, v = b1 * m + (1 - b1) * low, b2 * v + (1 - b2) * low**2
+        d, axis = m / np.sqrt(v), 1 if right else 0
+        phi = np.linalg.norm(d, axis=axis, keepdims=True) / np.linalg.norm(low, axis=axis, keepdims=True)
+        outside = phi * (grad - (low @ p.T if right else p @ low))
+        norm = np.linalg.norm(outside)
+        if t > 1 and norm > 1.01 * before:
+            outside *= 1.01 * before / norm
+        before = np.linalg.norm(outside)
+        inside = d @ p.T if right else p @ d
+        want = want - rate * np.sqrt(1 - b2**t) / (1 - b1**t) * (inside + outside)
+        np.testing.assert_allclose(weights["w"], want, atol=2e-5)
+
+
 def test_galore_moves_within_its_directions_and_apollo_along_the_gradient():
     grad = {"w": jnp.asarray(inputs.draw("g", (12, 8)))}
     low, _ = scale_by_galore(3).update(grad, scale_by_galore(3).init(grad))
@@ -127,14 +157,22 @@ def test_gaussian_directions_keep_lengths_on_average():
     assert float(ratio) == pytest.approx(1.0, abs=0.05)
 
 
-@pytest.mark.parametrize("make", [lambda: galore(0.1, 2), lambda: apollo(0.1, 2), lambda: apollo_mini(0.01)])
-def test_whole_models_descend(make):
+WHOLE = {
+    "galore": lambda: galore(0.1, 2),
+    "fira": lambda: fira(0.03, 2),
+    "apollo": lambda: apollo(0.1, 2),
+    "apollo_mini": lambda: apollo_mini(0.01),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_models_descend(name):
     """Least squares with a bias; matrices by the method, the bias by Adam."""
     rng = np.random.default_rng(0)
     x, target = rng.standard_normal((64, 12)).astype("f"), rng.standard_normal((64, 8)).astype("f")
     loss = lambda p: jnp.mean((x @ p["w"] + p["b"][None] - target) ** 2)  # noqa: E731
     params = {"w": jnp.zeros((12, 8)), "b": jnp.zeros(8)}
-    tx = make()
+    tx = WHOLE[name]()
     state, start = tx.init(params), loss(params)
 
     @jax.jit
@@ -153,6 +191,7 @@ def test_whole_models_descend(make):
         (lambda: scale_by_apollo(0), "rank = 0"),
         (lambda: scale_by_apollo(2, granularity="row"), "granularity = 'row'"),
         (lambda: scale_by_apollo(2, update_gap=0), "update_gap = 0"),
+        (lambda: scale_by_fira(2, update_gap=0), "update_gap = 0"),
         (lambda: scale_by_galore(9).init({"w": jnp.ones((12, 8))}), r"\['w'\]: rank = 9"),
         (lambda: scale_by_apollo(9).init({"w": jnp.ones((12, 8))}), r"\['w'\]: rank = 9"),
     ],

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optim.apollo import apollo
+from optim.fira import fira
 from optim.frugal import FrugalState, frugal
 from optim.galore import galore
 from optim.layerwise import lisa
@@ -42,6 +43,7 @@ OPTIMIZERS = {
     "svd": frugal(0.01, svd(0.25), labels=labels("frugal"), axes=axes, update_gap=2),
     "block": frugal(0.01, block(0.5), labels=labels("frugal"), axes=axes, update_gap=2),
     "galore": galore(0.01, 2, labels=labels("galore"), axes=axes, update_gap=2),
+    "fira": fira(0.01, 2, labels=labels("fira"), axes=axes, update_gap=2),
     "lisa": lisa(0.01, labels("layers"), active=1, update_gap=2),
     "apollo": apollo(0.01, 2, labels=labels("apollo"), axes=axes, update_gap=2),
 }
