@@ -1,8 +1,8 @@
 """What APOLLO and Fira share: Adam in a projection of each matrix, whose size there scales what is outside of it.
 
 With g = down(G) and d Adam's direction for g, what Adam never computed is a gradient times norm(d) / norm(g), for each
-channel of the longer side or for the whole matrix, and its norm may grow by 1% a step (the limiter of Fira, 2410.01623).
-As both are released, the limiter sees directions before Adam's correction for bias, which follows it.
+channel of the longer side or for the whole matrix; its norm may grow by 1% a step (the limiter of Fira, 2410.01623). As
+both are released, the limiter sees directions before Adam's correction for bias, which follows it.
 """
 
 from __future__ import annotations
