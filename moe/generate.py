@@ -191,10 +191,10 @@ class Generator:
         self, prompts: Sequence[Sequence[int]], steps: int, sampling: Sampling, seed: int, stop: frozenset[int]
     ) -> Iterator[np.ndarray]:
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        padded = np.zeros((len(prompts), _bucket(lengths.max())), np.int32)
+        padded = np.zeros((len(prompts), padded_length(lengths.max())), np.int32)
         for row, prompt in zip(padded, prompts):
             row[: len(prompt)] = prompt
-        caches = empty_caches(self.config, len(prompts), max(_bucket(lengths.max() + steps), padded.shape[1]))
+        caches = empty_caches(self.config, len(prompts), max(padded_length(lengths.max() + steps), padded.shape[1]))
         key, zeros = jax.random.key(seed), np.zeros_like(lengths)
         ended = np.zeros(len(prompts), bool)
         step = partial(advance, self.config, sampling, self.weights)
@@ -226,5 +226,6 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new
         require(fits, f"prompts[{i}] length", asked, f"at most the model's context of {config.context}")
 
 
-def _bucket(length: int) -> int:
+def padded_length(length: int) -> int:
+    """The least multiple of BUCKET that holds so many positions."""
     return -(-int(length) // BUCKET) * BUCKET

@@ -18,9 +18,9 @@ import optax
 from jax import Array
 
 from optim.checks import require
-from optim.frugal import by_axes
 from optim.projected import Granularity, factors, limit_growth, scale_by_projected_adam
 from optim.subspaces import Axes, Choice, Subspace, gaussian, plain_axes
+from optim.whole import whole_model
 
 
 def scale_by_apollo(
@@ -87,11 +87,7 @@ def apollo(
         rank, granularity=granularity, update_gap=update_gap, scale=scale, b1=b1, b2=b2, eps=eps, seed=seed, axes=axes
     )
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
-    return optax.chain(
-        optax.partition({"apollo": matrix, "adam": adam}, by_axes("apollo") if labels is None else labels),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    return whole_model("apollo", matrix, adam, learning_rate, weight_decay, mask, labels)
 
 
 def apollo_mini(

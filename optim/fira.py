@@ -16,9 +16,9 @@ from typing import Any
 import optax
 from jax import Array
 
-from optim.frugal import by_axes
 from optim.projected import factors, limit_growth, scale_by_projected_adam
 from optim.subspaces import Axes, Choice, Subspace, plain_axes, svd
+from optim.whole import whole_model
 
 
 def scale_by_fira(
@@ -75,8 +75,4 @@ def fira(
     step size. By default leaves of two axes are `fira`."""
     matrix = scale_by_fira(rank, update_gap=update_gap, b1=b1, b2=b2, eps=eps, axes=axes)
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
-    return optax.chain(
-        optax.partition({"fira": matrix, "adam": adam}, by_axes("fira") if labels is None else labels),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    return whole_model("fira", matrix, adam, learning_rate, weight_decay, mask, labels)

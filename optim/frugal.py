@@ -21,10 +21,12 @@ from jax import Array
 
 from optim.checks import require
 from optim.subspaces import Axes, Matrices, Subspace, as_matrices, first_choices, next_choices, plain_axes
+from optim.whole import whole_model
 
 Rule = Literal["sign", "sgd", "none"]
 AtRefresh = Literal["reset", "move", "keep"]
 RULES: dict[str, Callable[[Array], Array]] = {"sign": jnp.sign, "sgd": lambda residual: residual}
+
 
 class FrugalState(NamedTuple):
     """`choices` has a subspace's choice in place of each parameter; `inner` is the inner transform's state."""
@@ -176,13 +178,4 @@ def frugal(
         seed=seed,
         axes=axes,
     )
-    return optax.chain(
-        optax.partition({"frugal": matrix, "adam": adam}, by_axes("frugal") if labels is None else labels),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
-    )
-
-
-def by_axes(label: str) -> Callable[[Any], Any]:
-    """Labels for `optax.partition`: leaves of two axes have that one, others `adam`."""
-    return lambda params: jax.tree.map(lambda leaf: label if leaf.ndim == 2 else "adam", params)
+    return whole_model("frugal", matrix, adam, learning_rate, weight_decay, mask, labels)

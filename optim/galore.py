@@ -13,8 +13,9 @@ from typing import Any
 
 import optax
 
-from optim.frugal import by_axes, scale_by_frugal
+from optim.frugal import scale_by_frugal
 from optim.subspaces import Axes, Subspace, plain_axes, svd
+from optim.whole import whole_model
 
 
 def scale_by_galore(
@@ -63,8 +64,4 @@ def galore(
     decay, step size. By default leaves of two axes are `galore`."""
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
     matrix = scale_by_galore(rank, update_gap=update_gap, scale=scale, inner=adam, axes=axes)
-    return optax.chain(
-        optax.partition({"galore": matrix, "adam": adam}, by_axes("galore") if labels is None else labels),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    return whole_model("galore", matrix, adam, learning_rate, weight_decay, mask, labels)

@@ -29,7 +29,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from experiments.bench.streaming import StreamMeter, cache_bytes, weight_bytes  # noqa: E402
-from moe.generate import Generator, Sampling, advance, check_prompts, empty_caches  # noqa: E402
+from moe.generate import Generator, Sampling, advance, check_prompts, empty_caches, padded_length  # noqa: E402
 from moe.pretrained.model import convert, load  # noqa: E402
 from moe.pretrained.ours import SWITCHYARD  # noqa: E402
 
@@ -58,7 +58,6 @@ class Bench:
             "parameters": self.parameters,
             "weight_bytes": weight_bytes(self.config, weights),
             "cache_bytes": cache_bytes(self.config, positions),
-            "vocab_size": self.config.vocab_size,
             "versions": {"python": platform.python_version(), "jax": jax.__version__, "jaxlib": version("jaxlib")},
             "device": jax.devices()[0].device_kind,
         }
@@ -88,7 +87,7 @@ class Bench:
 
     def program(self) -> dict[str, float]:
         """What XLA counts for the compiled step of one token at this cache's size."""
-        slots = -(-(len(self.prompt) + self.new_tokens) // 32) * 32
+        slots = padded_length(len(self.prompt) + self.new_tokens)
         one = jnp.ones((1,), jnp.int32)
         lowered = advance.lower(self.config, Sampling(), self.generator.weights, one[:, None], one, one,
                                 empty_caches(self.config, 1, slots), jax.random.key(0))  # fmt: skip
