@@ -21,8 +21,8 @@ from experiments.data.corpus import Corpus, open_corpus
 from experiments.overrides import flatten
 from experiments.step import TrainState, init_state, make_optimizer, state_shardings
 from moe.config import ModelConfig, require
-from moe.transformer import init_router_state
-from moe.upcycle import check, check_around, initial, leaf_shapes, upcycle
+from moe.transformer import init_params, init_router_state
+from moe.upcycle import check, check_around, leaf_shapes, upcycle
 from parallel.checkpoint import Checkpoints
 
 
@@ -72,7 +72,7 @@ def check_source(config: RunConfig, source: Source) -> None:
         check(source.model, config.model, config.init.upcycle)
         return
     check_around(source.model, config.model)
-    whole = lambda model: lambda: (initial(model, jax.random.key(0)), init_router_state(model))  # noqa: E731
+    whole = lambda model: lambda: (init_params(model, jax.random.key(0)), init_router_state(model))  # noqa: E731
     got, wanted = (leaf_shapes(jax.eval_shape(whole(model))) for model in (source.model, config.model))
     for name in wanted | got:
         leaf = f"init.source {config.init.source!r}: {name.partition('.')[2]}.shape"

@@ -313,3 +313,12 @@ class Transformer(nn.Module):
             return TransformerOutput(hidden, embedding, stacked)
         head = self.param("head", nn.initializers.normal(cfg.init_std), (cfg.vocab_size, cfg.hidden))
         return TransformerOutput(hidden, head, stacked)
+
+
+def init_params(config: ModelConfig, key: Array) -> Any:
+    """Random parameters of a `Transformer`, a function of the key; shapes alone under `jax.eval_shape`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    zeros = jnp.zeros((1 if mesh.empty else mesh.size, 8), jnp.int32)  # shapes only: a short sequence per device
+    state = init_router_state(config)
+    variables: Any = Transformer(config).init(key, zeros, zeros, zeros, state, key)
+    return variables["params"]

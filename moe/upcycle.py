@@ -44,7 +44,7 @@ from jax import Array
 from moe.config import ModelConfig, MoEConfig, require
 from moe.policies import Dropless, make_policy
 from moe.routing import from_spec, make_router, parse_call
-from moe.transformer import Transformer, init_router_state
+from moe.transformer import init_params, init_router_state
 
 # What may differ between a model and one that takes its parameters: which layers are experts, and how it computes.
 FREE = ("moe", "first_dense", "moe_every", "dense_layers", "init_std", "remat", "compute_dtype", "unroll", "context")
@@ -286,7 +286,7 @@ def upcycle(dense: ModelConfig, params: Params, target: ModelConfig, method: str
       ValueError: where `check` does, or `params` are not those of `dense`.
     """
     check(dense, target, method)
-    abstract = jax.eval_shape(functools.partial(initial, dense), key)
+    abstract = jax.eval_shape(functools.partial(init_params, dense), key)
     got, wanted = leaf_shapes(params), leaf_shapes(abstract)
     for name in wanted | got:
         require(got.get(name) == wanted.get(name), f"params {name}.shape", got.get(name), str(wanted.get(name)))
@@ -299,7 +299,7 @@ def _upcycled(params: Params, key: Array, *, target: ModelConfig, spec: str) -> 
     method, moe = make_method(spec), target.moe
     assert moe is not None
     mass, layer = shard_mass(moe, method.shards), 0
-    fresh = initial(target, jax.random.fold_in(key, 0))
+    fresh = init_params(target, jax.random.fold_in(key, 0))
     made = {name: leaf for name, leaf in params.items() if name != "runs_0"}
     for run, (kind, group) in enumerate(groupby(target.layer_kinds)):
         length = len(list(group))
@@ -328,11 +328,3 @@ def leaf_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """Shapes by dotted name, `runs_0.ffn.down`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): jnp.shape(leaf) for path, leaf in leaves}
-
-
-def initial(config: ModelConfig, key: Array) -> Params:
-    """A model's random parameters."""
-    mesh = jax.sharding.get_abstract_mesh()
-    zeros = jnp.zeros((1 if mesh.empty else mesh.size, 8), jnp.int32)  # shapes only: a short sequence per device
-    state = init_router_state(config)
-    return Transformer(config).init(key, zeros, zeros, zeros, state, key)["params"]  # type: ignore[return-value]

@@ -93,9 +93,9 @@ def flops(model: ModelConfig) -> int:
     import jax
 
     from experiments.dry_run import flops_per_token, parameter_counts
-    from moe.upcycle import initial
+    from moe.transformer import init_params
 
-    return flops_per_token(parameter_counts(jax.eval_shape(partial(initial, model), jax.random.key(0)), model)[1])
+    return flops_per_token(parameter_counts(jax.eval_shape(partial(init_params, model), jax.random.key(0)), model)[1])
 
 
 def arms(goes_on: RunConfig, num_experts: int) -> dict[str, RunConfig]:

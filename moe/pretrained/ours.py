@@ -20,8 +20,7 @@ import numpy as np
 
 from moe.config import ModelConfig, require
 from moe.pretrained.safetensors import TensorInfo
-from moe.transformer import init_router_state
-from moe.upcycle import initial
+from moe.transformer import init_params, init_router_state
 
 SWITCHYARD = "switchyard"  # model_type of our config.json
 CARRIED = "carried."  # before the names of tensors that we do not use and keep for the way back
@@ -51,7 +50,7 @@ class Leaf(NamedTuple):
 def abstract_model(config: ModelConfig) -> tuple[Any, Any]:
     """Shapes and dtypes of a Transformer's parameters and router state; nothing is allocated."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    params = jax.eval_shape(functools.partial(initial, config), key)
+    params = jax.eval_shape(functools.partial(init_params, config), key)
     return params, jax.eval_shape(functools.partial(init_router_state, config))
 
 

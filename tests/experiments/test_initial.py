@@ -16,7 +16,8 @@ from experiments.recipes import smoke
 from experiments.run import run_folder, select
 from experiments.train import START, fit
 from moe.pretrained.model import save
-from moe.upcycle import initial, upcycled_config
+from moe.transformer import init_params
+from moe.upcycle import upcycled_config
 from parallel.mesh import make_mesh
 
 SMOKE = with_overrides(smoke(), ["steps=3", "checkpoint_every=2", "eval_tokens_per_domain=64"])
@@ -171,7 +172,7 @@ def test_other_models_with_experts_are_parents_too():
     with pytest.raises(ValueError, match=r"init\.source 'parent:moe': bias\.shape = None: expected \(2, 8\)"):
         check_source(config, plain)
     assert open_source(SMOKE, None) is None
-    shapes = jax.eval_shape(lambda key: initial(MOE.model, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: init_params(MOE.model, key), jax.random.key(0))
     assert np.prod(shapes["runs_0"]["moe"]["experts"]["down"].shape) == 2 * 8 * 24 * 32
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from moe.config import ModelConfig, MoEConfig
 from moe.pretrained.model import load, save
-from moe.transformer import Transformer
-from moe.upcycle import check, copies, initial, make_method, redrawn, shard_mass, upcycle, upcycled_config
+from moe.transformer import Transformer, init_params
+from moe.upcycle import check, copies, make_method, redrawn, shard_mass, upcycle, upcycled_config
 
 V, S, F = 31, 12, 24
 DENSE = ModelConfig(
@@ -27,7 +27,7 @@ V3 = "group_limited(score='sigmoid', renormalize=True, scaling=2.5, groups=4, ke
 def dense_params(config):
     """Drawn, biases and norms too, so that every leaf matters."""
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(functools.partial(initial, config), jax.random.key(0))
+    shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
 
     def draw(path, leaf):
         noise = rng.normal(size=leaf.shape, scale=0.3).astype(np.float32)
