@@ -31,8 +31,9 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """`name` is `adamw` or an import path `package.module:factory`; the factory gets this config and the number of
-    steps, and returns an `optax.GradientTransformation`."""
+    """`name` is a factory of `experiments.optimizers` or an import path `package.module:factory`, with options as in a
+    call, `galore(rank=32)`; it is called as `factory(config=..., steps=...)` with this config and the number of steps,
+    and returns an `optax.GradientTransformation`."""
 
     name: str = "adamw"
     learning_rate: float = 3e-3

@@ -36,9 +36,8 @@ from moe.losses import (
     z_loss,
 )
 from moe.metrics import pass_metrics, step_metrics
-from moe.routing import import_object, update_router_state
+from moe.routing import from_spec, update_router_state
 from moe.transformer import Transformer, TransformerOutput, init_router_state
-from optim.adamw import adamw, warmup_cosine
 from optim.sharding import opt_state_shardings
 from parallel.mesh import AXES, on_shards
 from parallel.sharding import tree_shardings
@@ -69,11 +68,8 @@ class TrainState:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW, or what the factory at an import path returns for (config, steps)."""
-    if config.name == "adamw":
-        schedule = warmup_cosine(config.learning_rate, config.warmup_steps, steps, config.final_fraction)
-        return adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, clip_norm=config.clip_norm)
-    return import_object(config.name, "optimizer.name")(config, steps)
+    """The optimiser a config names: `adamw` is a factory of `experiments.optimizers`, `a.b:c` is an import path."""
+    return from_spec(config.name, "experiments.optimizers:{}", "optimizer.name", config=config, steps=steps)
 
 
 def init_state(config: RunConfig, tx: optax.GradientTransformation) -> TrainState:
