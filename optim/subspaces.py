@@ -12,14 +12,15 @@ onto it: idempotent, and x minus it is orthogonal to it.
     block           round(rho N) whole matrices, in an order                        (FRUGAL)
     layers          some layers, the same in every leaf       (BAdam, 2404.02827; LISA, 2403.17919)
 
-Legend: N matrices, a rows, b columns, k chosen, r rank, n chosen matrices, rho density.
+Legend: N matrices, a rows, b columns, k chosen, s parts of an axis (`shards`), r rank, n chosen matrices, rho density.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import jax
@@ -31,6 +32,7 @@ from optim.checks import require
 
 Choice = Any  # what a subspace keeps: arrays
 Shape = tuple[int, ...]  # N, a, b
+Kind = Literal["columns", "rows", "randk"]
 Order = Literal["random", "ascending", "descending", "mirror"]
 LayerOrder = Literal["random", "ascending", "descending", "shuffled"]
 
@@ -50,7 +52,7 @@ def matrices(leaf: Array, axes: MatrixAxes) -> Array:
 
 
 class Subspace(Protocol):
-    """A rule for directions. Shapes are [N, a, b] and a function of the density alone."""
+    """A rule for directions. A matrix's shape is [N, a, b]; all other shapes follow from it and the rule's options."""
 
     @property
     def coordinates(self) -> bool:
@@ -65,9 +67,13 @@ class Subspace(Protocol):
         """A new choice; a function of its arguments alone, so replicas agree."""
         ...
 
-    def down(self, choice: Choice, full: Array) -> Array: ...
+    def down(self, choice: Choice, full: Array) -> Array:
+        """What is kept of [N, a, b], in the rule's own shape."""
+        ...
 
-    def up(self, choice: Choice, low: Array, shape: Shape) -> Array: ...
+    def up(self, choice: Choice, low: Array, shape: Shape) -> Array:
+        """[N, a, b] again, 0 outside the subspace."""
+        ...
 
 
 Axes = Callable[[str, Any], MatrixAxes]
@@ -132,18 +138,37 @@ def _chosen(density: float, size: int, what: str) -> int:
     return count
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["index"], meta_fields=["axis", "size", "shards"])
+@dataclass(frozen=True)
+class Indices:
+    """Which places of an axis, for each matrix: int32 [N, k], or with s > 1 shards [N, s, k / s] inside each part.
+
+    `size` is the axis' length: b for columns, a for rows, a b for randk.
+    """
+
+    index: Any
+    axis: Kind
+    size: int
+    shards: int = 1
+
+
 @dataclass(frozen=True)
 class Coordinates:
-    """Columns, rows or entries, drawn without replacement for each matrix. Keeps int32 [N, k].
+    """Columns, rows or entries, drawn without replacement for each matrix. Keeps `Indices`; 4 k bytes for a matrix.
 
-    `shards` > 1 draws k / shards from each of as many equal parts of the axis, so that on an axis split over devices
-    every device has the same share of them.
+    Below it is [N, a, k], [N, k, b] or [N, k]. `shards` > 1, for columns and rows, draws k / s from each of s equal
+    parts of the axis, and below it is [N, a, s, k / s] or [N, s, k / s, b]: on an axis split over devices, whose number
+    divides s, every device then has its share of them and goes down and up with what it holds.
     """
 
     density: float
-    kind: Literal["columns", "rows", "randk"]
+    kind: Kind
     shards: int = 1
     coordinates = True
+
+    def __post_init__(self) -> None:
+        most = 1 if self.kind == "randk" else math.inf
+        require(1 <= self.shards <= most, "shards", self.shards, "at least 1, and 1 for randk")
 
     def _sizes(self, shape: Shape) -> tuple[int, int]:
         """How many there are, and how many are chosen."""
@@ -155,35 +180,37 @@ class Coordinates:
         require(even, "shards", self.shards, f"a divisor of {size} {names} and of the {count} chosen")
         return size, count
 
-    def init(self, shape: Shape) -> Array:
-        _, count = self._sizes(shape)
-        return jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32)[None], (shape[0], count))
+    def init(self, shape: Shape) -> Indices:
+        size, count = self._sizes(shape)
+        each = (count,) if self.shards == 1 else (self.shards, count // self.shards)
+        index = jnp.broadcast_to(jnp.arange(each[-1], dtype=jnp.int32), (shape[0], *each))
+        return Indices(index, self.kind, size, self.shards)
 
-    def refresh(self, choice: Array, grad: Array, key: Array) -> Array:
+    def refresh(self, choice: Indices, grad: Array, key: Array) -> Indices:
         size, count = self._sizes(grad.shape)
         part, share = size // self.shards, count // self.shards
 
         def draw(key: Array) -> Array:
             each = jax.random.split(key, self.shards)
             inside = jax.vmap(lambda key: jnp.sort(jax.random.permutation(key, part)[:share]))(each)
-            return (inside + part * jnp.arange(self.shards)[:, None]).reshape(-1).astype(jnp.int32)
+            return inside.astype(jnp.int32)
 
-        return jax.vmap(draw)(jax.random.split(key, choice.shape[0]))
+        drawn = jax.vmap(draw)(jax.random.split(key, grad.shape[0]))
+        return replace(choice, index=drawn.reshape(choice.index.shape))
 
-    def down(self, choice: Array, full: Array) -> Array:
+    def down(self, choice: Indices, full: Array) -> Array:
+        n, a, b = full.shape
         if self.kind == "randk":
-            return jnp.take_along_axis(full.reshape(full.shape[0], -1), choice, axis=1)
-        axis = 2 if self.kind == "columns" else 1
-        return jnp.take_along_axis(full, jnp.expand_dims(choice, 3 - axis), axis=axis)
-
-    def up(self, choice: Array, low: Array, shape: Shape) -> Array:
-        zeros = jnp.zeros(shape, low.dtype)
-        batch = jnp.arange(shape[0])[:, None]
-        if self.kind == "randk":
-            return zeros.reshape(shape[0], -1).at[batch, choice].set(low).reshape(shape)
+            return jnp.take_along_axis(full.reshape(n, a * b), choice.index, axis=1)
+        parts = () if self.shards == 1 else (self.shards,)
         if self.kind == "rows":
-            return zeros.at[batch, choice].set(low)
-        return zeros.at[batch, :, choice].set(jnp.swapaxes(low, 1, 2))
+            return jnp.take_along_axis(full.reshape(n, *parts, -1, b), choice.index[..., None], axis=-2)
+        return jnp.take_along_axis(full.reshape(n, a, *parts, -1), choice.index[:, None], axis=-1)
+
+    def up(self, choice: Indices, low: Array, shape: Shape) -> Array:
+        # The transpose of a gather of distinct places puts each number back where it came from.
+        (full,) = jax.linear_transpose(partial(self.down, choice), jax.ShapeDtypeStruct(shape, low.dtype))(low)
+        return full
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Every subspace: a projection, of the stated size, drawn as stated; one line here is a new member."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,9 @@ from optim.subspaces import MatrixAxes, block, columns, layers, matrices, mirror
 SHAPES = [(3, 8, 12), (3, 12, 8)]
 SUBSPACES = {
     "columns": (columns(0.3), lambda n, a, b: (n, a, int(0.3 * b))),
-    "columns_sharded": (columns(0.5, shards=2), lambda n, a, b: (n, a, b // 2)),
+    "columns_sharded": (columns(0.5, shards=2), lambda n, a, b: (n, a, 2, b // 4)),
     "rows": (rows(0.4), lambda n, a, b: (n, int(0.4 * a), b)),
+    "rows_sharded": (rows(0.5, shards=2), lambda n, a, b: (n, 2, a // 4, b)),
     "randk": (randk(0.25), lambda n, a, b: (n, a * b // 4)),
     "svd": (svd(0.25), lambda n, a, b: (n, a, 2) if a >= b else (n, 2, b)),
     "random": (random(0.25), lambda n, a, b: (n, a, 2) if a >= b else (n, 2, b)),
@@ -68,16 +71,29 @@ def test_a_choice_keeps_its_shapes_and_is_a_function_of_its_key(name):
 
 def test_matrices_of_a_leaf_draw_for_themselves():
     _, choice = chosen("columns", (40, 6, 20))
-    assert len({tuple(row) for row in np.asarray(choice).tolist()}) > 30
-    assert all(len(set(row)) == 6 for row in np.asarray(choice).tolist())
-    counts = np.bincount(np.asarray(choice).ravel(), minlength=20)
+    assert len({tuple(row) for row in choice.index.tolist()}) > 30
+    assert all(len(set(row)) == 6 for row in choice.index.tolist())
+    counts = np.bincount(choice.index.ravel(), minlength=20)
     assert counts.min() > 2  # of 12 expected each
 
 
-def test_stratified_draws_take_as_many_from_each_part():
-    subspace = columns(0.5, shards=4)
-    choice = subspace.refresh(subspace.init((7, 3, 16)), draw((7, 3, 16)), jax.random.key(1))
-    np.testing.assert_array_equal((np.asarray(choice) // 4).tolist(), [[0, 0, 1, 1, 2, 2, 3, 3]] * 7)
+@pytest.mark.parametrize("make", [columns, rows])
+def test_stratified_draws_take_as_many_from_each_part(make):
+    """Against NumPy's own indexing of the whole axis; down and up move numbers and change none."""
+    subspace, full = make(0.5, shards=4), draw((40, 16, 16), 2)
+    choice = subspace.refresh(subspace.init(full.shape), full, jax.random.key(1))
+    assert choice.index.shape == (40, 4, 2)
+    assert choice.index.nbytes == 40 * 4 * 8
+    assert all(0 <= low < high < 4 for low, high in choice.index.reshape(-1, 2).tolist())
+    assert len({tuple(drawn) for drawn in choice.index.reshape(-1, 2).tolist()}) == 6  # all pairs of four
+    places = (np.asarray(choice.index) + 4 * np.arange(4)[:, None]).reshape(40, 8)
+    low, again = subspace.down(choice, full), np.zeros(full.shape, np.float32)
+    for i, at in enumerate(places):
+        taken = low[i].reshape(16, 8) if make is columns else low[i].reshape(8, 16)
+        part = (i, slice(None), at) if make is columns else (i, at)
+        np.testing.assert_array_equal(taken, np.asarray(full[i])[part[1:]])
+        again[part] = np.asarray(full)[part]
+    np.testing.assert_array_equal(subspace.up(choice, low, full.shape), again)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -147,6 +163,8 @@ def test_a_leaf_as_matrices():
         (lambda: block(0.5, "upwards"), "order = 'upwards'"),
         (lambda: columns(0.05).init((2, 4, 4)), "at least one of 4 columns"),
         (lambda: columns(0.5, shards=4).init((2, 4, 12)), "shards = 4"),
+        (lambda: rows(0.5, shards=0), "shards = 0: expected at least 1"),
+        (lambda: replace(randk(0.5), shards=2), "shards = 2: expected .* 1 for randk"),
         (lambda: svd(0.01).init((2, 8, 8)), "a rank of 1 to 8"),
         (lambda: block(0.1).init((2, 4, 4)), "1 to 2 of 2 matrices, not 0"),
         (lambda: block(0.5, "mirror").init((6, 4, 4)), "an even number of active matrices, not 3"),
