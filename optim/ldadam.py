@@ -20,6 +20,10 @@ gradient is lost: S_1 + ... + S_t + b1 / (1 - b1) S_t + E is the sum of the grad
 
 Differences: the released code projects a square matrix from the left; it keeps E in the gradient's buffer and so in its
 precision, where clipping by norm sees both. Here E is state, in float32 and of the parameter's size.
+
+Trap, of both: where a gradient's rank is below r (an expert with fewer tokens), Adam divides rounding noise by its own
+size in the directions left over. With entries about 1 that is half of the first step's norm, with 1e-4 under 1%; eps
+sets the scale.
 """
 
 from __future__ import annotations
