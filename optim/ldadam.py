@@ -22,7 +22,7 @@ Differences: the released code projects a square matrix from the left; it keeps 
 precision, where clipping by norm sees both. Here E is state, in float32 and of the parameter's size.
 
 Trap, of both: where a gradient's rank is below r (an expert with fewer tokens), Adam divides rounding noise by its own
-size in the directions left over. With entries about 1 that is half of the first step's norm, with 1e-4 under 1%; eps
+size in the directions left over. With entries about 1 that was 0.7 of the first step's norm, with 1e-4 under 0.01; eps
 sets the scale.
 """
 
