@@ -25,6 +25,7 @@ import optim.fira
 import optim.frugal
 import optim.galore
 import optim.layerwise
+import optim.ldadam
 from experiments.config import OptimizerConfig
 from moe.config import require
 from moe.routing import from_spec
@@ -118,6 +119,7 @@ def frugal(
 galore = _on_matrices(optim.galore.galore, "galore")  # rank, update_gap, scale
 fira = _on_matrices(optim.fira.fira, "fira")  # rank, update_gap
 apollo = _on_matrices(optim.apollo.apollo, "apollo")  # rank, granularity, update_gap, scale
+ldadam = _on_matrices(optim.ldadam.ldadam, "ldadam")  # rank, interpolation, error_feedback
 apollo_mini = _on_matrices(optim.apollo.apollo_mini, "apollo")  # scale, update_gap
 
 

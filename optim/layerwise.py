@@ -40,7 +40,7 @@ def scale_by_layers(
     Raises:
       ValueError: bad options; at init, a leaf with fewer layers.
     """
-    stacked = lambda name, leaf: MatrixAxes(1, 0)  # noqa: E731
+    stacked = lambda name, leaf: MatrixAxes(1, min(1, leaf.ndim - 1))  # noqa: E731
     return scale_by_frugal(layers(active, order, seed), update_gap=update_gap, inner=inner, rule="none", axes=stacked)
 
 

@@ -74,7 +74,8 @@ def scale_by_projected_adam(
 
 
 def factors(direction: Array, low: Array, shape: tuple[int, ...], granularity: Granularity) -> Array:
-    """norm(d) / norm(g) [N, a, 1], [N, 1, b] or [N, 1, 1], of d and g below matrices [N, a, b]."""
+    """norm(d) / norm(g) [N, a, 1], [N, 1, b] or [N, 1, 1], of d and g [N, a, r] or [N, r, b] below matrices
+    [N, a, b]."""
     along = (1, 2) if granularity == "tensor" else (2 if shape[1] >= shape[2] else 1)
     norm = lambda x: jnp.sqrt(jnp.sum(x * x, axis=along, keepdims=True))  # noqa: E731
     return norm(direction) / (norm(low) + EPS)

@@ -94,7 +94,7 @@ def _choice_specs(name: str, choice: Indices, shape: tuple[int, ...], spec: P, m
     local = not devices or (along is not None and choice.shards % total == 0)
     require(local, f"{name}: devices along {choice.axis}", devices, f"{helps}a subspace along another axis")
 
-    stacked, places = _joined(entries[:begin]), (along, None)[-len(chosen) :]
+    stacked, places = _joined(entries[:begin][::-1]), (along, None)[-len(chosen) :]
     if rows:
         return P(stacked, *places), (n, *chosen, other), P(stacked, *places, _joined(whole))
     return P(stacked, *places), (n, other, *chosen), P(stacked, _joined(whole), *places)
@@ -124,7 +124,8 @@ def _subspace_spec(low: tuple[int, ...], shape: tuple[int, ...], spec: P) -> P:
             kept = math.prod(size for size, one in zip(sizes, whole) if one)
             if fits and kept > best:
                 best = kept
-                found = P(*(_joined(entries[part]) if one else None for part, one in zip(parts, whole)))
+                kinds = entries[:stacked][::-1], entries[stacked:split], entries[split:]  # the last stacked is slowest
+                found = P(*(_joined(kind) if one else None for kind, one in zip(kinds, whole)))
     return found
 
 

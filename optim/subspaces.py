@@ -38,7 +38,11 @@ LayerOrder = Literal["random", "ascending", "descending", "shuffled"]
 
 
 class MatrixAxes(NamedTuple):
-    """How a leaf is N matrices: its first `stacked` axes count them, the next `inputs` are rows, the rest columns."""
+    """How a leaf is N matrices: its first `stacked` axes count them, the next `inputs` are rows, the rest columns.
+
+    The last stacked axis counts slowest: of [L, E, d, f] the L matrices of expert 0 come first, so that N is split over
+    devices as E is.
+    """
 
     stacked: int = 0
     inputs: int = 1
@@ -48,7 +52,17 @@ def matrices(leaf: Array, axes: MatrixAxes) -> Array:
     """[N, a, b] of a leaf."""
     shape, split = leaf.shape, axes.stacked + axes.inputs
     sizes = (math.prod(shape[: axes.stacked]), math.prod(shape[axes.stacked : split]), math.prod(shape[split:]))
-    return leaf.reshape(sizes)
+    return leaf.transpose(_turned(leaf.ndim, axes)).reshape(sizes)
+
+
+def from_matrices(view: Array, shape: tuple[int, ...], axes: MatrixAxes) -> Array:
+    """The leaf of this shape again."""
+    order = _turned(len(shape), axes)  # its own inverse
+    return view.reshape([shape[i] for i in order]).transpose(order)
+
+
+def _turned(ndim: int, axes: MatrixAxes) -> list[int]:
+    return [*range(axes.stacked)[::-1], *range(axes.stacked, ndim)]
 
 
 class Subspace(Protocol):
@@ -86,29 +100,32 @@ def plain_axes(name: str, leaf: Any) -> MatrixAxes:
 
 
 class Matrices(NamedTuple):
-    """A tree's leaves as [N, a, b] in float32 or above, with their names, shapes and the tree's structure."""
+    """A tree's leaves as [N, a, b] in float32 or above, with their names, shapes, axes and the tree's structure."""
 
     names: list[str]
     views: list[Array]
     shapes: list[tuple[int, ...]]
+    axes: list[MatrixAxes]
     treedef: Any
 
     def leaves(self, views: Sequence[Array]) -> Any:
         """The tree again, of other views."""
-        return self.treedef.unflatten([view.reshape(shape) for view, shape in zip(views, self.shapes, strict=True)])
+        leaves = zip(views, self.shapes, self.axes, strict=True)
+        return self.treedef.unflatten([from_matrices(*leaf) for leaf in leaves])
 
 
 def as_matrices(tree: Any, axes: Axes) -> Matrices:
     """ValueError for a leaf that is not of real numbers, or as `axes` has it."""
-    names, views, shapes = [], [], []
+    names, views, shapes, seen = [], [], [], []
     paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
     for path, leaf in paths:
         name = jax.tree_util.keystr(path)
         require(jnp.issubdtype(leaf.dtype, jnp.floating), f"{name}.dtype", str(leaf.dtype), "real floating point")
         names.append(name)
-        views.append(matrices(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), axes(name, leaf)))
+        seen.append(axes(name, leaf))
+        views.append(matrices(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), seen[-1]))
         shapes.append(leaf.shape)
-    return Matrices(names, views, shapes, treedef)
+    return Matrices(names, views, shapes, seen, treedef)
 
 
 def first_choices(subspace: Subspace, model: Matrices) -> tuple[list[Choice], list[Array]]:

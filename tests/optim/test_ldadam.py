@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from optim.ldadam import LDAdamState, ldadam, scale_by_ldadam
-from optim.subspaces import MatrixAxes
+from optim.subspaces import MatrixAxes, from_matrices
 
 STACKED = lambda name, leaf: MatrixAxes(leaf.ndim - 2, 1)  # noqa: E731
 SHAPES = {"tall": (1, 12, 8), "wide": (1, 8, 12), "square": (1, 8, 8), "stacked": (2, 3, 6, 10)}
@@ -132,7 +132,7 @@ def test_no_gradient_is_lost():
     for name, shape in SHAPES.items():
         total, applied = np.zeros(shape), np.zeros(shape)
         for grads, (_, state) in zip(gradients, seen):
-            total, last = total + grads[name], up(state, name).reshape(shape)
+            total, last = total + grads[name], from_matrices(up(state, name), shape, STACKED(name, grads[name]))
             applied = applied + last
             error = np.asarray(state.error[name])
             np.testing.assert_allclose(applied + B1 / (1 - B1) * last + error, total, atol=1e-10)

@@ -101,16 +101,16 @@ HELD_AS_ADAM = optax.MaskedNode()
     ("name", "wq", "down"),
     [
         ("columns", P(None, "fsdp", None), HELD_AS_ADAM),
-        ("columns_sharded", P(None, "fsdp", None, None), P(None, None, "fsdp", None)),
-        ("columns_finer", P(None, "fsdp", None, None), P(None, None, "fsdp", None)),
-        ("rows", HELD_AS_ADAM, P(None, None, "fsdp")),
-        ("rows_sharded", P(None, "fsdp", None, None), P(None, None, None, "fsdp")),
+        ("columns_sharded", P(None, "fsdp", None, None), P("expert", None, "fsdp", None)),
+        ("columns_finer", P(None, "fsdp", None, None), P("expert", None, "fsdp", None)),
+        ("rows", HELD_AS_ADAM, P("expert", None, "fsdp")),
+        ("rows_sharded", P(None, "fsdp", None, None), P("expert", None, None, "fsdp")),
         ("block", P(None, "fsdp", None), P(None, None, "fsdp")),
         ("randk", P(), P()),
     ],
 )
 def test_moments_are_split_along_the_axes_that_are_whole_and_along_parts(name, wq, down):
-    """Of [L * E] matrices the experts' axis is no longer one, so that split is not taken over."""
+    """Matrices of experts lie where the experts do; a block of some of them is on every device."""
     specs = inner_specs(OPTIMIZERS[name], make_mesh(data=2, fsdp=2, expert=2))
     assert specs.inner.mu["wq"] == wq
     assert specs.inner.nu["experts"]["down"] == down
@@ -120,7 +120,7 @@ def test_moments_are_split_along_the_axes_that_are_whole_and_along_parts(name, w
 def test_indices_are_split_as_the_parts_they_are_of():
     mesh = make_mesh(data=2, fsdp=2, expert=2)
     specs = inner_specs(OPTIMIZERS["columns_sharded"], mesh).choices
-    assert specs["experts"]["down"].index == P(None, "fsdp", None)
+    assert specs["experts"]["down"].index == P("expert", "fsdp", None)
     assert specs["wq"].index == P(None, None, None)
     specs = inner_specs(OPTIMIZERS["rows_sharded"], mesh).choices
     assert specs["wq"].index == P(None, "fsdp", None)
@@ -158,6 +158,7 @@ def collectives(subspace, shape, spec, split, state_shardings):
         (columns, (2, 16, 64), P(None, None, "fsdp"), (1, 1)),
         (columns, (2, 16, 8, 8), P(None, None, "fsdp", None), (1, 1)),
         (columns, (2, 4, 16, 64), P(None, None, None, "fsdp"), (2, 1)),
+        (columns, (3, 8, 4, 64), P(None, "fsdp", None, None), (2, 1)),
         (rows, (2, 64, 16), P(None, "fsdp", None), (1, 1)),
         (rows, (2, 8, 8, 16), P(None, "fsdp", None, None), (1, 2)),
     ],

@@ -7,7 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optim.subspaces import MatrixAxes, block, columns, layers, matrices, mirrored, randk, random, rows, svd
+from optim.subspaces import (
+    MatrixAxes,
+    block,
+    columns,
+    from_matrices,
+    layers,
+    matrices,
+    mirrored,
+    randk,
+    random,
+    rows,
+    svd,
+)
 
 SHAPES = [(3, 8, 12), (3, 12, 8)]
 SUBSPACES = {
@@ -145,7 +157,10 @@ def test_a_leaf_as_matrices():
     leaf = draw((2, 3, 4, 5))
     np.testing.assert_array_equal(matrices(leaf, MatrixAxes(1, 1)), leaf.reshape(2, 3, 20))
     np.testing.assert_array_equal(matrices(leaf, MatrixAxes(1, 2)), leaf.reshape(2, 12, 5))
-    np.testing.assert_array_equal(matrices(leaf, MatrixAxes(2, 1)), leaf.reshape(6, 4, 5))
+    view = matrices(leaf, MatrixAxes(2, 1))
+    np.testing.assert_array_equal(view.reshape(3, 2, 4, 5), leaf.swapaxes(0, 1))  # the last stacked axis is slowest
+    for axes in (MatrixAxes(1, 1), MatrixAxes(1, 2), MatrixAxes(2, 1)):
+        np.testing.assert_array_equal(from_matrices(matrices(leaf, axes), leaf.shape, axes), leaf)
 
 
 @pytest.mark.parametrize(
