@@ -14,7 +14,7 @@ from typing import Literal
 from moe.config import require
 
 Verdict = Literal["holds", "inconclusive", "does not hold"]
-Kind = Literal["ratio", "difference", "value"]
+Kind = Literal["ratio", "difference", "margin", "value"]
 Direction = Literal["higher", "lower"]
 
 
@@ -26,8 +26,8 @@ class Claim:
       text: the claim in words.
       metric: key of an arm's metrics.
       arm, baseline: names of arms; no baseline for a `value`.
-      kind: `ratio` compares arm / baseline with 1, `difference` compares arm - baseline with 0, `value` the metric
-        itself with `size`.
+      kind: `ratio` compares arm / baseline with 1, `difference` compares arm - baseline with 0; `margin` compares
+        arm - baseline with `size`, `value` the metric itself.
       direction: `higher` or `lower`.
       size: what the mean must reach; a ratio or difference is given in the claimed direction (a difference of 0.02 with
         `lower` means arm - baseline <= -0.02; a ratio of 3 with `lower` means arm / baseline <= 1 / 3).
@@ -48,6 +48,8 @@ class Claim:
             require(self.baseline is None, "claim.baseline", self.baseline, "None for a value")
             return
         require(self.baseline is not None, "claim.baseline", None, f"an arm for a {self.kind}")
+        if self.kind == "margin":
+            return
         least = 1.0 if self.kind == "ratio" else 0.0
         require(self.size >= least, "claim.size", self.size, f"at least {least} for a {self.kind}")
 
@@ -89,7 +91,7 @@ def judge(claim: Claim, arms: Mapping[str, Mapping[str, Sequence[float]]]) -> Ju
     ours, theirs = (arms[name][claim.metric] for name in (claim.arm, claim.arms[-1]))
     require(len(ours) == len(theirs) > 0, "seeds", (len(ours), len(theirs)), "as many of the arm as of its baseline")
     values = tuple(_compare(claim.kind, a, b) for a, b in zip(ours, theirs))
-    neutral = {"ratio": 1.0, "difference": 0.0, "value": claim.size}[claim.kind]
+    neutral = {"ratio": 1.0, "difference": 0.0}.get(claim.kind, claim.size)
     signs = [math.isfinite(v) and _beyond(claim, v, neutral, strict=True) for v in values]
     mean, std = mean_std(values)
     if all(signs) and _beyond(claim, mean, _threshold(claim), strict=False):
@@ -115,13 +117,13 @@ def stated(claim: Claim) -> str:
 
 def compared(claim: Claim) -> str:
     """What is compared, as a table shows it: `global / micro`."""
-    return {"ratio": " / ", "difference": " - ", "value": ""}[claim.kind].join(claim.arms)
+    return {"ratio": " / ", "difference": " - ", "margin": " - ", "value": ""}[claim.kind].join(claim.arms)
 
 
 def _compare(kind: Kind, ours: float, theirs: float) -> float:
     if kind == "value":
         return ours
-    if kind == "difference":
+    if kind in ("difference", "margin"):
         return ours - theirs
     return ours / theirs if theirs else math.nan
 
@@ -129,7 +131,9 @@ def _compare(kind: Kind, ours: float, theirs: float) -> float:
 def _threshold(claim: Claim) -> float:
     if claim.kind == "ratio":
         return claim.size if claim.direction == "higher" else 1.0 / claim.size
-    return claim.size if claim.kind == "value" or claim.direction == "higher" else 0.0 - claim.size  # -0.0 would show
+    if claim.kind == "difference" and claim.direction == "lower":
+        return 0.0 - claim.size  # -0.0 would show
+    return claim.size
 
 
 def _beyond(claim: Claim, value: float, bound: float, *, strict: bool) -> bool:

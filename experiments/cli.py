@@ -178,6 +178,19 @@ def bench_routing_metrics(json: Path, pairs: int = 60) -> None:
     main(json, pairs)
 
 
+def bench_optimizers(json: Path, rounds: int = 12) -> None:
+    """Bytes of state of every optimiser beside their closed forms, and the time of a train step beside AdamW's.
+
+    Args:
+      json: result file.
+      rounds: interleaved windows of five steps, one of them a refresh; median ratios with 95% intervals are reported.
+    """
+    start(None)
+    from experiments.bench.optimizers import main
+
+    main(json, rounds)
+
+
 def bench_generate(
     json: Path,
     peer_python: Path | None = None,
@@ -383,6 +396,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "bench train-step": bench_train_step,
     "bench moe-layer": bench_moe_layer,
     "bench routing-metrics": bench_routing_metrics,
+    "bench optimizers": bench_optimizers,
     "bench generate": bench_generate,
     "convert": convert,
     "logits": logits,

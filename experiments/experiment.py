@@ -31,11 +31,28 @@ Arm = RunConfig | Study
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """A field of the arms that is chosen for each of them beforehand, at a seed that no claim sees: the value with the
+    lowest `metric`, which is of the validation split. A run whose loss is not finite has lost.
+
+    Attributes:
+      field: dotted, `optimizer.learning_rate`.
+      values: what is tried, by arm; arms that are not here stay as they are.
+    """
+
+    field: str
+    values: Mapping[str, tuple[float, ...]]
+    metric: str = "val_ce"
+    seed: int = 1000
+
+
+@dataclass(frozen=True)
 class Preset:
     """Arms by name, paired by seed; `claims` are those that can be judged from these arms.
 
     `parents` are trained first, at each seed, for the arms that start from them (`init.source = "parent:NAME"`). They
     are no arms: no claim speaks of them. ValueError for an arm whose parent is not there, or a parent with a parent.
+    With `tuning`, a field of the arms is chosen first.
     """
 
     arms: Mapping[str, Arm]
@@ -43,6 +60,7 @@ class Preset:
     claims: tuple[Claim, ...]
     note: str = ""
     parents: Mapping[str, RunConfig] = field(default_factory=dict)
+    tuning: Tuning | None = None
 
     def __post_init__(self) -> None:
         known = ", ".join(self.parents) or "none"

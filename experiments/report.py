@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from experiments.experiment import FOLDER, load, names
+from experiments.tuning import tuning_rows
 from moe.config import require
 
 CLAIM_COLUMNS = ("claim", "claimed", "paper", "measured", "per seed", "verdict")
 METRICS = (
     "val_ce", "test_ce", "start_test_ce", "domain_expert_mi", "max_violation", "max_violation_sequence", "top_score",
-    "flops_per_token", "step_ms",
+    "flops_per_token", "state_bytes_per_parameter", "step_ms",
 )  # fmt: skip
 TARGET = FOLDER.parent / "REPRODUCTIONS.md"
 HEAD = """# Reproductions
@@ -75,9 +76,19 @@ def preset_part(experiment: Any, path: Path, draw: bool) -> str:
         markdown_row(columns),
         "|---|" + "---:|" * (len(columns) - 1),
         *map(markdown_row, rows),
+        *tuning_part(content),
         f"\n![{content['experiment']} {content['preset']}]({figure.relative_to(FOLDER.parent).as_posix()})\n",
     ]
     return "\n".join(lines)
+
+
+def tuning_part(content: dict[str, Any]) -> list[str]:
+    """What was tried before, if anything was."""
+    if "tuning" not in content:
+        return []
+    columns, rows = tuning_rows(content["tuning"])
+    head = [markdown_row(columns), "|---|" + "---:|" * (len(columns) - 1)]
+    return ["\nTuned at a seed of its own; the lowest is chosen.\n", *head, *map(markdown_row, rows)]
 
 
 def commits(text: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,7 +25,9 @@ from experiments.progress import Bar
 from experiments.provenance import git_commit, provenance
 from experiments.report import CLAIM_COLUMNS, arm_cells, claim_cells
 from experiments.series import within_limit
-from experiments.train import FitResult, check, fit
+from experiments.train import FitResult, NotFinite, check, fit
+from experiments.tuning import candidates, tuned, tuning_rows
+from experiments.tuning import described as described_tuning
 from moe.config import require
 from parallel.startup import barrier, is_primary
 
@@ -59,13 +61,16 @@ def run(
     experiment = load(name)
     preset = select(preset_of(experiment, preset_name), arms, settings, seeds)
     check_loggers(loggers)
-    for config in planned(preset).values():
+    for config in [*planned(preset).values(), *candidates(preset).values()]:
         check(config, open_corpus(config.data), parent_of(preset, config, 0, out))
     prepare(out, experiment, preset_name, preset)
+    options = {"commit": commit, "console": console, "loggers": loggers, "profile": profile}
     with stopwatch(out / WALL) if is_primary() else nullcontext():
-        results = train_all(experiment.name, preset, out, commit, console, loggers, profile)
+        tried = tune(experiment.name, preset, out, **options)
+        preset = tuned(preset, tried)
+        results = train_all(experiment.name, preset, everything(preset), range(preset.seeds), out, **options)
     barrier("run/trained")
-    content = collect(experiment, preset_name, preset, results, out)
+    content = collect(experiment, preset_name, preset, results, tried, out)
     if is_primary():
         write_json(out / "result.json", content)
         experiment.figure(content, out / "figure.png")
@@ -73,18 +78,31 @@ def run(
     return content
 
 
+def tune(title: str, preset: Preset, out: Path, **options: Any) -> dict[str, dict[str, float]]:
+    """Metrics of every candidate of `preset.tuning`, their parents trained before them."""
+    if preset.tuning is None:
+        return {}
+    parents = {PARENT + name: parent for name, parent in preset.parents.items()}
+    seed, jobs = preset.tuning.seed, candidates(preset)
+    results = train_all(f"{title}, tuning", preset, parents | jobs, [seed], out, run_one=run_candidate, **options)
+    return {name: results[name, seed].metrics for name in jobs}
+
+
 def train_all(
     title: str,
     preset: Preset,
+    jobs: Mapping[str, Arm],
+    seeds: Iterable[int],
     out: Path,
+    *,
     commit: str,
     console: Console,
     loggers: Sequence[str],
     profile: tuple[int, int] | None,
+    run_one: Callable[..., FitResult] | None = None,
 ) -> dict[tuple[str, int], FitResult]:
-    """Every parent, arm and seed that is not recorded yet, under one progress bar."""
-    jobs = everything(preset)
-    plan = [(arm, seed) for seed in range(preset.seeds) for arm in jobs]
+    """Every job at every seed that is not recorded yet, under one progress bar; by `run_arm` or `run_one`."""
+    plan = [(arm, seed) for seed in seeds for arm in jobs]
     results = {run: result for run in plan if (result := read_result(out, *run)) is not None}
     length = {name: arm.steps if isinstance(arm, RunConfig) else 1 for name, arm in jobs.items()}
     total = sum(length[arm] for arm, _ in plan)
@@ -97,7 +115,7 @@ def train_all(
             options = {"progress": note, "loggers": loggers, "profile": profile}
             if (parent := parent_of(preset, jobs[arm], seed, out)) is not None:
                 options |= {"parent": parent}
-            result = run_arm(jobs[arm], seed, run_folder(out, arm, seed), **options)
+            result = (run_one or run_arm)(jobs[arm], seed, run_folder(out, arm, seed), **options)
             record(out, arm, seed, result, commit)
             results[arm, seed] = result
             done += length[arm]
@@ -111,6 +129,14 @@ def run_arm(arm: Arm, seed: int, out: Path, **options: Any) -> FitResult:
         return fit(replace(arm, seed=seed), out, **options)
     out.mkdir(parents=True, exist_ok=True)
     return FitResult(*arm.run(seed))
+
+
+def run_candidate(arm: Arm, seed: int, out: Path, **options: Any) -> FitResult:
+    """`run_arm` for tuning: a run that is not finite has no metrics."""
+    try:
+        return run_arm(arm, seed, out, **options)
+    except NotFinite:
+        return FitResult({}, {})
 
 
 def everything(preset: Preset) -> dict[str, Arm]:
@@ -127,11 +153,14 @@ def parent_of(preset: Preset, arm: Arm, seed: int, out: Path) -> Parent | None:
 def select(preset: Preset, arms: Sequence[str], settings: Sequence[str], seeds: int | None) -> Preset:
     """The preset with the asked arms, overrides on every arm, and seeds. Claims whose arms are left out drop out, and
     parents that no arm starts from; the others take those overrides that their children cannot have alone: of the
-    model around the experts and of the mesh."""
+    model around the experts and of the mesh. ValueError for an override of what is tuned."""
     for arm in arms:
         require(arm in preset.arms, "arm", arm, f"one of {', '.join(preset.arms)}")
     require(seeds is None or seeds >= 1, "seeds", seeds, "at least 1")
     require(not settings or len(trained(preset)) == len(preset.arms), "--set", list(settings), "a preset that trains")
+    if preset.tuning is not None:
+        free = all(setting.partition("=")[0] != preset.tuning.field for setting in settings)
+        require(free, "--set", preset.tuning.field, f"another field: {preset.tuning.field} is tuned")
     kept = {
         name: with_overrides(arm, settings) if isinstance(arm, RunConfig) else arm
         for name, arm in preset.arms.items()
@@ -150,7 +179,9 @@ def manifest(experiment: Experiment, preset_name: str, preset: Preset) -> dict[s
     flat = {f"{arm}.{key}": value for arm, config in configs.items() for key, value in config.items()}
     free = (".seed", ".checkpoint_every", ".mesh.data", ".mesh.fsdp", ".mesh.expert")
     kept = {key: value for key, value in flat.items() if not key.endswith(free)}
-    return {"experiment": experiment.name, "preset": preset_name, **kept}
+    tuning = preset.tuning
+    grid = {f"tuning.{arm}": [tuning.field, *tuning.values.get(arm, ())] for arm in preset.arms} if tuning else {}
+    return {"experiment": experiment.name, "preset": preset_name, **kept, **grid}
 
 
 def settings_of(arm: Arm) -> dict[str, Any]:
@@ -207,14 +238,22 @@ def read_result(out: Path, arm: str, seed: int) -> FitResult | None:
 
 def commits(out: Path, preset: Preset) -> str:
     """The commit that trained the runs; several, in order, if the code changed between them."""
-    paths = [run_folder(out, arm, seed) / "result.json" for seed in range(preset.seeds) for arm in everything(preset)]
+    runs = [(arm, seed) for seed in range(preset.seeds) for arm in everything(preset)]
+    if preset.tuning is not None:
+        runs = [(name, preset.tuning.seed) for name in candidates(preset)] + runs
+    paths = [run_folder(out, arm, seed) / "result.json" for arm, seed in runs]
     return " ".join(dict.fromkeys(json.loads(path.read_text())["commit"] for path in paths))
 
 
 def collect(
-    experiment: Experiment, preset_name: str, preset: Preset, results: Mapping[tuple[str, int], FitResult], out: Path
+    experiment: Experiment,
+    preset_name: str,
+    preset: Preset,
+    results: Mapping[tuple[str, int], FitResult],
+    tried: Mapping[str, Mapping[str, float]],
+    out: Path,
 ) -> dict[str, Any]:
-    """The content of `result.json`."""
+    """The content of `result.json`, of the tuned preset."""
     arms = {arm: summary([results[arm, seed] for seed in range(preset.seeds)]) for arm in preset.arms}
     parents = {
         name: summary([results[PARENT + name, seed] for seed in range(preset.seeds)]) for name in preset.parents
@@ -232,6 +271,7 @@ def collect(
         "claim": [described(j) for j in verdicts],
         "arms": arms,
         **({"parents": parents} if parents else {}),
+        **({"tuning": described_tuning(preset, tried)} if preset.tuning else {}),
         "verdict": overall(verdicts) if verdicts else "no claim judged",
         "provenance": provenance()
         | corpus_of(next(iter(preset.arms.values())))
@@ -277,6 +317,8 @@ def show(content: dict[str, Any], console: Console, figure: Path) -> None:
         table.add_row(*claim_cells(row))
     console.print(table)
     console.print(arms_table(content["arms"]))
+    if "tuning" in content:
+        console.print(cells_table("tuning: at a seed of its own, lowest is chosen", *tuning_rows(content["tuning"])))
     console.print(f"verdict: [bold]{content['verdict']}[/bold]")
     console.print(f"figure: {figure}", soft_wrap=True)
 
@@ -288,8 +330,11 @@ def wide_console() -> Console:
 
 
 def arms_table(arms: Mapping[str, Mapping[str, Any]]) -> Table:
-    columns, rows = arm_cells(arms)
-    table = Table(title="arms: mean ± sd over seeds")
+    return cells_table("arms: mean ± sd over seeds", *arm_cells(arms))
+
+
+def cells_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title)
     for i, key in enumerate(columns):
         table.add_column(key, justify="right" if i else "left")
     for row in rows:

@@ -41,6 +41,11 @@ from parallel.checkpoint import Checkpoints
 from parallel.mesh import make_mesh
 from parallel.startup import any_process, is_primary
 
+
+class NotFinite(ValueError):
+    """A loss or a gradient is not a finite number."""
+
+
 Progress = Callable[[int, int, dict[str, float]], None]
 START = "start.json"
 
@@ -75,8 +80,8 @@ def fit(
       parent: the finished run that `config.init.source = "parent:NAME"` means.
 
     Raises:
-      ValueError: bad input, before anything is compiled or written; or a loss or gradient that is not finite, after its
-        line is written. The step is not saved.
+      ValueError: bad input, before anything is compiled or written.
+      NotFinite: a loss or gradient that is not, after its line is written; the step is not saved.
       KeyboardInterrupt: after Ctrl-C, once the state is saved.
     """
     total = config.steps if steps is None else steps
@@ -105,10 +110,11 @@ def fit(
             state, times = loop(config, state, step_fn, feed, saved, sinks, stop, total, progress, profile, out)
         # From here on Ctrl-C acts at once: the state is saved, the same call evaluates it.
         metrics, series = evaluate(config, state, corpus, mesh)
-        _, active = parameter_counts(state.params, config.model)
+        parameters, active = parameter_counts(state.params, config.model)
+        kept = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
     if source is not None:
         metrics |= json.loads((out / START).read_text())
-    metrics |= {"flops_per_token": float(flops_per_token(active))}
+    metrics |= {"flops_per_token": float(flops_per_token(active)), "state_bytes_per_parameter": kept / parameters}
     rows = read_lines(out / "metrics.jsonl") if is_primary() else []
     step_ms = float(np.median([row["step_ms"] for row in rows])) if rows else float(np.median(times or [np.nan])) * 1e3
     tokens = config.batch_size * config.data.seq_len
@@ -235,8 +241,8 @@ def loop(
 ) -> tuple[TrainState, list[float]]:
     """Runs steps up to `total` or until asked to stop. Metrics of step n are fetched after step n + 1 is dispatched, so
     the device never waits; before a save they are written first, so no line of a saved step can be missing.
-    Raises KeyboardInterrupt once the state is saved if any process was asked to stop; ValueError, without saving the
-    step, if its loss or gradient is not finite."""
+    Raises KeyboardInterrupt once the state is saved if any process was asked to stop; NotFinite, without saving the
+    step, if its loss or gradient is not."""
     pending: tuple[int, dict[str, Any]] | None = None
     times: list[float] = []
     mark, tracing = time.perf_counter(), False
@@ -257,7 +263,7 @@ def loop(
         for name in ("loss", "grad_norm"):  # top_k hides a NaN score, these do not
             if not math.isfinite(values[name]):
                 found = f"{name} = {values[name]} at step {step}"
-                raise ValueError(f"{found}: expected a finite number; the last checkpoint is kept")
+                raise NotFinite(f"{found}: expected a finite number; the last checkpoint is kept")
 
     step, stopping = int(state.step), False
     while step < total:

@@ -28,6 +28,11 @@ def measured(ours, theirs, metric="val_ce"):
         ("difference", "higher", 0.5, [2.0], [1.5], "holds"),
         ("ratio", "higher", 2.0, [4.0], [2.0], "holds"),
         ("ratio", "lower", 4.0, [0.5], [2.0], "holds"),
+        # within a margin: a little worse is allowed, by every seed
+        ("margin", "lower", 0.1, [2.05, 2.08], [2.0, 2.0], "holds"),
+        ("margin", "lower", 0.1, [2.05, 2.11], [2.0, 2.0], "inconclusive"),
+        ("margin", "lower", 0.1, [2.2, 2.11], [2.0, 2.0], "does not hold"),
+        ("margin", "higher", -0.1, [1.95], [2.0], "holds"),
         # the sign everywhere, the mean too small
         ("difference", "lower", 0.5, [1.9, 1.9], [2.0, 2.0], "inconclusive"),
         ("ratio", "higher", 3.0, [2.0, 2.0], [1.0, 1.0], "inconclusive"),
