@@ -16,7 +16,8 @@ def draw(content: dict[str, Any], path: Path) -> None:
     """`content` is result.json. Left: test loss against bytes of state per parameter, every seed a dot, and the front
     of those that nothing beats in both. Middle: training loss. Right: what was tried, the chosen value filled."""
     arms, series = content["arms"], content["series"]
-    colours = {name: plt.get_cmap("tab20")(i % 20) for i, name in enumerate(arms)}
+    order = [*range(0, 20, 2), *range(1, 20, 2)]  # dark ones first: neighbours of this map are shades of one colour
+    colours = {name: plt.get_cmap("tab20")(order[i % 20]) for i, name in enumerate(arms)}
     tried = content.get("tuning")
     fig = new_figure(19 if tried else 13, 6.5)
     axes: Any = fig.subplots(1, 3 if tried else 2)
@@ -61,6 +62,8 @@ def labels(ax: Any, at: dict[str, tuple[float, float]]) -> None:
             y += height / 4
         placed.append((size, y))
         ax.annotate(name, (size, loss), (size + 0.035 * width, y), textcoords="data", va="center", fontsize=11)
+    top = max(y for _, y in placed)
+    ax.set_ylim(min(losses) - 2 * height, max(top, max(losses)) + 2 * height)
 
 
 def loss_range(series: dict[str, Any]) -> tuple[float, float]:

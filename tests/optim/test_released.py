@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 
 from optim.apollo import apollo, apollo_mini, scale_by_apollo
@@ -89,6 +90,21 @@ def test_apollo_equals_the_released_one(shape, granularity):
     subspace = Drawn(SETTINGS["rank"], "gaussian", name)
     tx = scale_by_apollo(SETTINGS["rank"], granularity=granularity, subspace=subspace, **options)
     np.testing.assert_allclose(trajectory(tx, shape), GOLDEN[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("gap", "inner"), [(100, optax.scale_by_adam()), (3, optax.identity())])
+def test_galore_equals_optaxs_on_square_matrices(gap, inner):
+    """Which projects the longer side: on a square matrix that is ours of the transpose. With moments only inside one
+    window, since later on they depend on the signs of singular vectors."""
+    shape, rank, scale = (8, 8), 3, 0.25
+    ours = scale_by_galore(rank, update_gap=gap, scale=scale, inner=inner)
+    theirs = optax.contrib.scale_by_galore(rank, gap, scale, inner)
+    states = [tx.init({"w": jnp.zeros(shape)}) for tx in (ours, theirs)]
+    for step in range(8):
+        grad = jnp.asarray(inputs.draw(f"optimizer/{step}", shape))
+        got, states[0] = ours.update({"w": grad}, states[0])
+        want, states[1] = theirs.update({"w": grad.T}, states[1])
+        np.testing.assert_allclose(got["w"], want["w"].T, atol=2e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
