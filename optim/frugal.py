@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -70,6 +71,7 @@ def scale_by_frugal(
     require(subspace is not None or rule != "none", "rule", rule, "a rule, for density 0")
     if isinstance(update_gap, int):
         require(update_gap >= 1, "update_gap", update_gap, "at least 1")
+    require(isinstance(seed, int | np.integer | Array), "seed", seed, "a whole number: draws are a function of it")
     if subspace is not None and not subspace.coordinates:
         require(at_refresh != "move", "at_refresh", at_refresh, "reset or keep: squares of directions do not rotate")
     inner = optax.scale_by_adam() if inner is None else inner

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -43,6 +44,7 @@ def scale_by_projected_adam(
     """
     if isinstance(update_gap, int):
         require(update_gap >= 1, "update_gap", update_gap, "at least 1")
+    require(isinstance(seed, int | np.integer | Array), "seed", seed, "a whole number: draws are a function of it")
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
     def init(params: Any) -> ProjectedState:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import sparse
 
 from optim.frugal import FrugalState, frugal, scale_by_frugal
 from optim.subspaces import MatrixAxes, block, columns, plain_axes, randk, random, rows, svd
@@ -257,6 +258,9 @@ def test_the_default_labels_are_matrices():
         ({"axes": plain_axes}, {"w": np.ones((2, 3, 4), np.float32)}, r"\['w'\].shape = \(2, 3, 4\): expected two"),
         ({}, {"w": np.ones((4, 4), np.int32)}, r"\['w'\].dtype = 'int32'"),
         ({}, {"w": np.ones((4, 4), np.complex64)}, r"\['w'\].dtype = 'complex64'"),
+        ({}, {"w": sparse.BCOO.fromdense(np.ones((4, 4), np.float32))}, r"\['w'\].*expected"),
+        ({"subspace": random(0.5), "seed": None}, {}, "seed = None"),
+        ({"subspace": block(0.5, "mirror"), "axes": STACKED}, {"w": np.ones((2, 4, 4), np.float32)}, "'mirror': .*even"),
         ({"subspace": columns(0.1)}, {"w": np.ones((4, 4), np.float32)}, r"\['w'\]: density = 0.1"),
         ({"inner": optax.adamw(1.0)}, {"w": np.ones((4, 4), np.float32)}, "inner = .*needs no parameters"),
     ],

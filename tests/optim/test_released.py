@@ -207,6 +207,7 @@ def test_whole_models_descend(name):
         (lambda: scale_by_apollo(0), "rank = 0"),
         (lambda: scale_by_apollo(2, granularity="row"), "granularity = 'row'"),
         (lambda: scale_by_apollo(2, update_gap=0), "update_gap = 0"),
+        (lambda: scale_by_apollo(2, seed=None), "seed = None"),
         (lambda: scale_by_fira(2, update_gap=0), "update_gap = 0"),
         (lambda: scale_by_galore(9).init({"w": jnp.ones((12, 8))}), r"\['w'\]: rank = 9"),
         (lambda: scale_by_apollo(9).init({"w": jnp.ones((12, 8))}), r"\['w'\]: rank = 9"),
