@@ -118,6 +118,7 @@ def test_whole_command(tmp_path: Path) -> None:
     for name, row in rows.items():  # what the compiled step is given falls by the state that is saved, to the byte
         saved = rows["adamw"]["state_bytes"] - row["state_bytes"]
         assert rows["adamw"]["argument_bytes"] - row["argument_bytes"] == saved, name
+        assert row["argument_bytes_saved"] == saved
         assert row["temporary_bytes"] > 0
         assert row["bytes_per_parameter"] == row["state_bytes"] / result["memory"]["tiny"]["parameters"]
     samples, of = (result["time"]["timed"][name] for name in ("samples", "methods"))
