@@ -220,14 +220,28 @@ class Coordinates:
         if self.kind == "randk":
             return jnp.take_along_axis(full.reshape(n, a * b), choice.index, axis=1)
         parts = () if self.shards == 1 else (self.shards,)
+        take = partial(jnp.take_along_axis, mode="promise_in_bounds")
         if self.kind == "rows":
-            return jnp.take_along_axis(full.reshape(n, *parts, -1, b), choice.index[..., None], axis=-2)
-        return jnp.take_along_axis(full.reshape(n, a, *parts, -1), choice.index[:, None], axis=-1)
+            return take(full.reshape(n, *parts, -1, b), choice.index[..., None], axis=-2)
+        return take(full.reshape(n, a, *parts, -1), choice.index[:, None], axis=-1)
 
     def up(self, choice: Indices, low: Array, shape: Shape) -> Array:
-        # The transpose of a gather of distinct places puts each number back where it came from.
-        (full,) = jax.linear_transpose(partial(self.down, choice), jax.ShapeDtypeStruct(shape, low.dtype))(low)
-        return full
+        if self.kind == "randk":  # the transpose of a gather of distinct places puts each number back
+            (full,) = jax.linear_transpose(partial(self.down, choice), jax.ShapeDtypeStruct(shape, low.dtype))(low)
+            return full
+        # A gather by each place's rank among the chosen fuses with what follows; a scatter runs on one core (CPU).
+        axis, spread = (-1, 1) if self.kind == "columns" else (-2, -1)
+        k = choice.index.shape[-1]
+        place = jnp.expand_dims(_places(choice.index, choice.size // choice.shards), spread)
+        found = jnp.take_along_axis(low, jnp.minimum(place, k - 1), axis=axis, mode="promise_in_bounds")
+        return jnp.where(place < k, found, 0).reshape(shape)
+
+
+def _places(index: Array, size: int) -> Array:
+    """[..., size]: where each of `size` places stands in distinct indices [..., k], k where it does not."""
+    k = index.shape[-1]
+    one = lambda index: jnp.full(size, k, jnp.int32).at[index].set(jnp.arange(k, dtype=jnp.int32))  # noqa: E731
+    return jnp.vectorize(one, signature="(k)->(n)")(index)
 
 
 @dataclass(frozen=True)

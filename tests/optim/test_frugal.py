@@ -260,7 +260,7 @@ def test_the_default_labels_are_matrices():
         ({}, {"w": np.ones((4, 4), np.complex64)}, r"\['w'\].dtype = 'complex64'"),
         ({}, {"w": sparse.BCOO.fromdense(np.ones((4, 4), np.float32))}, r"\['w'\].*expected"),
         ({"subspace": random(0.5), "seed": None}, {}, "seed = None"),
-        ({"subspace": block(0.5, "mirror"), "axes": STACKED}, {"w": np.ones((2, 4, 4), np.float32)}, "'mirror': .*even"),
+        ({"subspace": block(0.5, "mirror"), "axes": STACKED}, {"w": np.ones((2, 4, 4), np.float32)}, "mirror': .*even"),
         ({"subspace": columns(0.1)}, {"w": np.ones((4, 4), np.float32)}, r"\['w'\]: density = 0.1"),
         ({"inner": optax.adamw(1.0)}, {"w": np.ones((4, 4), np.float32)}, "inner = .*needs no parameters"),
     ],
