@@ -36,7 +36,7 @@ import optax
 from jax import Array
 
 from optim.checks import require
-from optim.subspaces import Axes, as_matrices, first_choices, plain_axes, svd
+from optim.subspaces import Axes, as_matrices, decomposed, first_choices, plain_axes, svd
 from optim.whole import whole_model
 
 
@@ -130,7 +130,7 @@ def scale_by_ldadam(
 
 def iterated(projection: Array, mixed: Array) -> Array:
     """One power iteration from directions [N, b, r] to the leading right singular ones of matrices [N, a, b]."""
-    return jnp.linalg.qr(mixed.mT @ (mixed @ projection))[0]
+    return decomposed(jnp.linalg.qr, mixed.mT @ (mixed @ projection))[0]
 
 
 def ldadam(

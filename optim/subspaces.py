@@ -244,6 +244,13 @@ def _places(index: Array, size: int) -> Array:
     return jnp.vectorize(one, signature="(k)->(n)")(index)
 
 
+def decomposed(decompose: Callable[[Array], Any], stack: Array) -> Any:
+    """`decompose` of each of [N, a, b]; on CPU one after another. There jaxlib spreads a batch over the very threads
+    that run the program, and waits on one of them: as many such calls at a time as threads would wait for ever."""
+    one_by_one = lambda x: jax.lax.map(decompose, x)  # noqa: E731
+    return jax.lax.platform_dependent(stack, cpu=one_by_one, default=decompose)
+
+
 @dataclass(frozen=True)
 class LowRank:
     """Orthonormal directions of the shorter side, singular vectors of the gradient or random ones. Keeps float32
@@ -268,11 +275,11 @@ class LowRank:
         short, rank = choice.shape[1:]
         if self.kind == "random":
             normal = jax.random.normal(key, (choice.shape[0], short, rank), choice.dtype)
-            q, r = jnp.linalg.qr(normal)
+            q, r = decomposed(jnp.linalg.qr, normal)
             return q * jnp.sign(jnp.diagonal(r, axis1=1, axis2=2))[:, None, :]
         if self.kind == "gaussian":
             return jax.random.normal(key, (choice.shape[0], short, rank), choice.dtype) / math.sqrt(rank)
-        left, _, right = jnp.linalg.svd(grad, full_matrices=False)
+        left, _, right = decomposed(partial(jnp.linalg.svd, full_matrices=False), grad)
         return jnp.swapaxes(right, 1, 2)[..., :rank] if grad.shape[1] >= grad.shape[2] else left[..., :rank]
 
     def down(self, choice: Array, full: Array) -> Array:

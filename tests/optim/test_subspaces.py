@@ -1,5 +1,6 @@
 """Every subspace: a projection, of the stated size, drawn as stated; one line here is a new member."""
 
+import re
 from dataclasses import replace
 
 import jax
@@ -151,6 +152,17 @@ def test_layers_are_the_same_in_every_leaf_and_take_their_turns(order):
     assert all(len(set(turn)) == 2 for turn in found[0])
     assert (rounds == [list(range(6))] * 4) == (order != "random")
     assert (found[0][:3] == found[0][3:6]) == (order in ("ascending", "descending"))
+
+
+@pytest.mark.parametrize("make", [svd, random])
+def test_no_batch_is_decomposed_at_once_on_cpu(make):
+    """Two batches at a time, on as many threads, never end: the call must be of one matrix."""
+    subspace, shape = make(0.25), (3, 16, 8)
+    refresh = jax.jit(lambda grad: subspace.refresh(subspace.init(shape), grad, jax.random.key(0)))
+    text = refresh.lower(jax.ShapeDtypeStruct(shape, jnp.float32)).as_text()
+    calls = [line for line in text.splitlines() if "@lapack_" in line]
+    assert calls
+    assert all(re.search(r"\(tensor<\d+x\d+xf32>", line) for line in calls), calls
 
 
 def test_a_leaf_as_matrices():
