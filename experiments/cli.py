@@ -412,9 +412,12 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 def start(devices: int | None) -> None:
     """The compile cache, simulated devices if asked for, and the other processes if there are any."""
-    if (ROOT / "pyproject.toml").exists():
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    import jax
+
+    # Told, not put into the environment, which JAX has read by now.
+    if (ROOT / "pyproject.toml").exists() and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     from parallel.startup import initialize, simulate_devices
 
     try:

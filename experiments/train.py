@@ -35,10 +35,13 @@ from experiments.step import (
     make_optimizer,
     state_shardings,
 )
-from moe.config import require
+from moe.config import ModelConfig, require
 from moe.routing import make_router
+from moe.transformer import init_params
+from optim.sharding import opt_state_shardings
 from parallel.checkpoint import Checkpoints
 from parallel.mesh import make_mesh
+from parallel.sharding import tree_shardings
 from parallel.startup import any_process, is_primary
 
 
@@ -123,7 +126,7 @@ def fit(
 
 
 def check(config: RunConfig, corpus: Corpus, parent: Parent | None = None) -> None:
-    """What only becomes visible with the corpus, the parameters to start from and the devices at hand."""
+    """What only becomes visible with the corpus, the parameters, their optimiser and the devices at hand."""
     require(
         config.model.vocab_size >= corpus.vocab_size,
         "model.vocab_size",
@@ -134,8 +137,9 @@ def check(config: RunConfig, corpus: Corpus, parent: Parent | None = None) -> No
         check_fits(corpus, split, config.data.seq_len)
     if config.model.moe is not None:
         make_router(config.model.moe)
-    make_optimizer(config.optimizer, config.steps)
-    make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.expert)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.expert)
+    params = abstract_params(config.model)
+    opt_state_shardings(make_optimizer(config.optimizer, config.steps), params, tree_shardings(params, mesh))
     source = open_source(config, parent)
     if source is not None:
         check_source(config, source)
@@ -147,6 +151,12 @@ def check(config: RunConfig, corpus: Corpus, parent: Parent | None = None) -> No
         config.batch_size,
         f"batch_size / accumulation = {per_pass} divisible by {processes} processes",
     )
+
+
+@functools.lru_cache(maxsize=8)
+def abstract_params(model: ModelConfig) -> Any:
+    """Shapes alone, once for arms that share a model."""
+    return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
 
 
 def restore_or_init(config: RunConfig, tx: Any, mesh: Mesh, saved: Checkpoints) -> TrainState:

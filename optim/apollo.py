@@ -11,9 +11,9 @@ times sqrt(alpha), its norm limited in growth (`optim.projected`).
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 from jax import Array
 
@@ -58,7 +58,7 @@ def scale_by_apollo(
     def combine(grad: Array, choice: Choice, low: Array, direction: Array, norm: Array) -> tuple[Array, Array]:
         del choice
         limited, norm = limit_growth(grad * factors(direction, low, grad.shape, granularity), norm, growth)
-        return math.sqrt(scale) * limited, norm
+        return jnp.sqrt(scale) * limited, norm
 
     projection = gaussian(rank=rank) if subspace is None else subspace
     options = {"update_gap": update_gap, "b1": b1, "b2": b2, "eps": eps, "seed": seed, "axes": axes}

@@ -309,7 +309,8 @@ class Whole:
         return full[choice.index]
 
     def up(self, choice: BlockChoice, low: Array, shape: Shape) -> Array:
-        return jnp.zeros(shape, low.dtype).at[choice.index].set(low)
+        place, last = _places(choice.index, shape[0]), low.shape[0] - 1
+        return jnp.where((place <= last)[:, None, None], low[jnp.minimum(place, last)], 0)
 
 
 @dataclass(frozen=True)

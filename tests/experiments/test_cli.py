@@ -4,6 +4,7 @@ import errno
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from experiments import cli
@@ -145,3 +146,20 @@ def test_looking_around_imports_no_jax(words):
     done = subprocess.run(command, cwd=cli.ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert ("global-batch-lbl" if words == ["list"] else "preset" if "run" in words else "check-cluster") in done.stdout
+
+
+def test_compiled_programs_are_kept_for_the_next_command(monkeypatch, tmp_path):
+    """In the tree, and only where the user has named no place: JAX reads the environment before any command runs."""
+    (tmp_path / "pyproject.toml").touch()
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        cli.start(None)
+        assert jax.config.jax_compilation_cache_dir == before["jax_compilation_cache_dir"]
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+        cli.start(None)
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / ".cache" / "jax")
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
