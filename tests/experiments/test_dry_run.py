@@ -53,7 +53,10 @@ def any_router(config):
     return replace(config, model=replace(config.model, moe=plain))
 
 
-LATER = [("upcycling", "cpu"), ("upcycling", "gpu"), ("upcycling", "paper")]  # as the others, and long to lower
+LATER = [  # as the others, and long to lower
+    *(("upcycling", preset) for preset in ("cpu", "gpu", "paper")),
+    *(("frugal", preset) for preset in ("cpu-long", "moe", "smollm2", "gpu", "paper")),
+]
 SOON = [one if one not in LATER else pytest.param(*one, marks=pytest.mark.slow) for one in PRESETS_OF_ALL]
 
 
