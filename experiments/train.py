@@ -35,9 +35,9 @@ from experiments.step import (
     make_optimizer,
     state_shardings,
 )
-from moe.config import ModelConfig, require
+from moe.config import require
 from moe.routing import make_router
-from moe.transformer import init_params
+from moe.transformer import abstract_params
 from optim.sharding import opt_state_shardings
 from parallel.checkpoint import Checkpoints
 from parallel.mesh import make_mesh
@@ -151,12 +151,6 @@ def check(config: RunConfig, corpus: Corpus, parent: Parent | None = None) -> No
         config.batch_size,
         f"batch_size / accumulation = {per_pass} divisible by {processes} processes",
     )
-
-
-@functools.lru_cache(maxsize=8)
-def abstract_params(model: ModelConfig) -> Any:
-    """Shapes alone, once for arms that share a model."""
-    return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
 
 
 def restore_or_init(config: RunConfig, tx: Any, mesh: Mesh, saved: Checkpoints) -> TrainState:

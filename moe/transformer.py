@@ -9,7 +9,7 @@ Legend: B sequences, S positions, d hidden, H query heads, G key/value heads, D 
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -322,3 +322,9 @@ def init_params(config: ModelConfig, key: Array) -> Any:
     state = init_router_state(config)
     variables: Any = Transformer(config).init(key, zeros, zeros, zeros, state, key)
     return variables["params"]
+
+
+@lru_cache(maxsize=16)
+def abstract_params(config: ModelConfig) -> Any:
+    """Shapes and dtypes of `init_params`, made once for a config; nothing is allocated, not even a key."""
+    return jax.eval_shape(partial(init_params, config), jax.eval_shape(lambda: jax.random.key(0)))

@@ -44,7 +44,7 @@ from jax import Array
 from moe.config import ModelConfig, MoEConfig, require
 from moe.policies import Dropless, make_policy
 from moe.routing import from_spec, make_router, parse_call
-from moe.transformer import init_params, init_router_state
+from moe.transformer import abstract_params, init_params, init_router_state
 
 # What may differ between a model and one that takes its parameters: which layers are experts, and how it computes.
 FREE = ("moe", "first_dense", "moe_every", "dense_layers", "init_std", "remat", "compute_dtype", "unroll", "context")
@@ -286,8 +286,7 @@ def upcycle(dense: ModelConfig, params: Params, target: ModelConfig, method: str
       ValueError: where `check` does, or `params` are not those of `dense`.
     """
     check(dense, target, method)
-    abstract = jax.eval_shape(functools.partial(init_params, dense), key)
-    got, wanted = leaf_shapes(params), leaf_shapes(abstract)
+    got, wanted = leaf_shapes(params), leaf_shapes(abstract_params(dense))
     for name in wanted | got:
         require(got.get(name) == wanted.get(name), f"params {name}.shape", got.get(name), str(wanted.get(name)))
     return _upcycled(params, key, target=target, spec=method), init_router_state(target)

@@ -39,7 +39,7 @@ from experiments.provenance import provenance
 from experiments.recipes import cpu
 from experiments.step import compile_step, make_optimizer
 from moe.config import ModelConfig, require
-from moe.transformer import init_params
+from moe.transformer import abstract_params
 from parallel.mesh import make_mesh
 
 DENSITY = 0.25
@@ -163,10 +163,6 @@ def step_config(model: ModelConfig, spec: str) -> RunConfig:
 
 def with_optimizer(config: RunConfig, spec: str) -> RunConfig:
     return replace(config, optimizer=replace(config.optimizer, name=spec))
-
-
-def abstract_params(model: ModelConfig) -> Any:
-    return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
 
 
 def checked_state(name: str, model: ModelConfig) -> dict[str, int]:

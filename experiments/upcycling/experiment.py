@@ -31,7 +31,7 @@ sign is claimed alone. No claim is about `drop`: its paper speaks of hundreds of
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +90,10 @@ def upcycled(config: RunConfig, method: str, num_experts: int, **moe: Any) -> Ru
 @cache
 def flops(model: ModelConfig) -> int:
     """Per token, forward and backward."""
-    import jax
-
     from experiments.dry_run import flops_per_token, parameter_counts
-    from moe.transformer import init_params
+    from moe.transformer import abstract_params
 
-    return flops_per_token(parameter_counts(jax.eval_shape(partial(init_params, model), jax.random.key(0)), model)[1])
+    return flops_per_token(parameter_counts(abstract_params(model), model)[1])
 
 
 def arms(goes_on: RunConfig, num_experts: int) -> dict[str, RunConfig]:

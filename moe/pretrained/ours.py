@@ -20,7 +20,7 @@ import numpy as np
 
 from moe.config import ModelConfig, require
 from moe.pretrained.safetensors import TensorInfo
-from moe.transformer import init_params, init_router_state
+from moe.transformer import abstract_params, init_router_state
 
 SWITCHYARD = "switchyard"  # model_type of our config.json
 CARRIED = "carried."  # before the names of tensors that we do not use and keep for the way back
@@ -49,9 +49,7 @@ class Leaf(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def abstract_model(config: ModelConfig) -> tuple[Any, Any]:
     """Shapes and dtypes of a Transformer's parameters and router state; nothing is allocated."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    params = jax.eval_shape(functools.partial(init_params, config), key)
-    return params, jax.eval_shape(functools.partial(init_router_state, config))
+    return abstract_params(config), jax.eval_shape(functools.partial(init_router_state, config))
 
 
 @functools.lru_cache(maxsize=64)

@@ -11,7 +11,6 @@ from rich.console import Console
 from experiments.bench import optimizers, state_bytes
 from experiments.bench.optimizers import (
     GAP,
-    abstract_params,
     checked_state,
     figures,
     methods,
@@ -20,6 +19,7 @@ from experiments.bench.optimizers import (
 )
 from experiments.bench.state_bytes import parameters_of
 from moe.config import ModelConfig
+from moe.transformer import abstract_params
 
 TINY = ModelConfig(
     vocab_size=64, hidden=16, num_layers=4, num_heads=2, num_kv_heads=2, head_dim=8, ffn_dim=24, moe=None
