@@ -43,15 +43,14 @@ def pareto(ax: Any, arms: dict[str, Any], colours: dict[str, Any]) -> None:
     best = lambda size, loss: not any(s <= size and c < loss for s, c in at.values())  # noqa: E731
     front = sorted(point for point in at.values() if best(*point))
     ax.step(*zip(*front, strict=True), where="post", color="black", linewidth=1, linestyle=":")
-    labels(ax, at)
+    labels(ax, at, [value for of in arms.values() for value in of["test_ce"]["values"]])
     ax.set_xlabel("optimiser state, bytes per parameter")
     ax.set_ylabel("test CE (nats per token)")
     ax.set_title("lower left is better; dotted: the front")
 
 
-def labels(ax: Any, at: dict[str, tuple[float, float]]) -> None:
-    """Names beside the points, from the lowest loss up, moved so that none covers another."""
-    losses = [loss for _, loss in at.values()]
+def labels(ax: Any, at: dict[str, tuple[float, float]], losses: list[float]) -> None:
+    """Names beside the points, from the lowest loss up, moved so that none covers another; limits around all losses."""
     sizes = [size for size, _ in at.values()]
     height, width = (max(losses) - min(losses) or 1.0) / 22, (max(sizes) - min(sizes) or 1.0)
     ax.set_xlim(min(sizes) - 0.05 * width, max(sizes) + 0.28 * width)
@@ -62,8 +61,7 @@ def labels(ax: Any, at: dict[str, tuple[float, float]]) -> None:
             y += height / 4
         placed.append((size, y))
         ax.annotate(name, (size, loss), (size + 0.035 * width, y), textcoords="data", va="center", fontsize=11)
-    top = max(y for _, y in placed)
-    ax.set_ylim(min(losses) - 2 * height, max(top, max(losses)) + 2 * height)
+    ax.set_ylim(min(losses) - 2 * height, max(*(y for _, y in placed), *losses) + 2 * height)
 
 
 def loss_range(series: dict[str, Any]) -> tuple[float, float]:
