@@ -284,11 +284,11 @@ def state_table(memory: dict[str, Any]) -> Any:
 
 def compiled_table(memory: dict[str, Any]) -> Any:
     cells = {
-        "args MiB": lambda row: f"{row['argument_bytes'] / MIB:.1f}",
-        "saved MiB": lambda row: f"{row['argument_bytes_saved'] / MIB:.1f}",
-        "temp MiB": lambda row: f"{row['temporary_bytes'] / MIB:.1f}",
+        "args": lambda row: f"{row['argument_bytes'] / MIB:.0f}",
+        "saved": lambda row: f"{row['argument_bytes_saved'] / MIB:.0f}",
+        "temp": lambda row: f"{row['temporary_bytes'] / MIB:.0f}",
     }
-    return by_shape(f"compiled train step, {BATCH_SIZE} sequences of {SEQ_LEN}", memory, cells)
+    return by_shape(f"compiled train step, MiB, {BATCH_SIZE} sequences of {SEQ_LEN}", memory, cells)
 
 
 def time_table(shape: str, of: dict[str, Any]) -> Any:
