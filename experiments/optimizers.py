@@ -6,8 +6,9 @@
 
 or an import path `package.module:factory` of the same form. Every factory gets the config and the number of steps, and
 returns clipping by global norm, then the method with the config's warmup-cosine rate, and decoupled decay where the
-method allows it. Matrices of attention and feed-forward layers, experts one by one, are the method's; embedding, head,
-norms, biases and routers are Adam's.
+method allows it. Matrices of attention and feed-forward layers, experts one by one, are the method's; gate and up are
+one [d, 2f]. Embedding, head, norms, biases and routers are Adam's, but for BAdam and LISA, which have whole layers.
+Blocks, BAdam's and LISA's layers are a share of each run of equal layers: of one with two layers a quarter is none.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from moe.config import require
 from moe.routing import from_spec
 from optim.adamw import decay_mask, warmup_cosine
 from optim.subspaces import MatrixAxes
+from parallel.sharding import path_name
 
 Factory = Callable[..., optax.GradientTransformation]
 
@@ -62,8 +64,7 @@ def matrix_axes(name: str, leaf: Any = None) -> MatrixAxes:
 
 def matrix_labels(method: str) -> Callable[[Any], Any]:
     """(params) -> `method` for weight matrices, `adam` for all else."""
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
-    which = lambda path, _: method if _axes_of(name(path)) else "adam"  # noqa: E731
+    which = lambda path, _: method if _axes_of(path_name(path)) else "adam"  # noqa: E731
     return lambda params: jax.tree_util.tree_map_with_path(which, params)
 
 
@@ -71,6 +72,12 @@ def layer_labels(others: str) -> Callable[[Any], Any]:
     """(params) -> `layers` for what is stacked over layers, `others` for embedding, head and last norm."""
     which = lambda path, _: "layers" if str(path[0].key).startswith("runs_") else others  # noqa: E731
     return lambda params: jax.tree_util.tree_map_with_path(which, params)
+
+
+def layer_axes(name: str, leaf: Any) -> MatrixAxes:
+    """How each layer of a leaf is a matrix, with the axes that a mesh splits first among rows and columns."""
+    split_last = re.search(r"\['(wo|down)'\]$", name) is not None and leaf.ndim == 4  # [L, heads, D, d], [L, E, f, d]
+    return MatrixAxes(1, 2 if split_last else min(1, leaf.ndim - 1))
 
 
 def _rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -129,12 +136,11 @@ def badam(
     """BAdam, with the options of `optim.layerwise.badam`: active, update_gap, order; no decay. `others`: whether
     embedding, head and last norm are `frozen` or trained by `adam`."""
     require(others in ("frozen", "adam"), "optimizer.name: others", others, "frozen or adam")
-    moments = {"b1": config.b1, "b2": config.b2}
-    return _clipped(config, optim.layerwise.badam(_rate(config, steps), layer_labels(others), **moments, **options))
+    shared = {"b1": config.b1, "b2": config.b2, "axes": layer_axes}
+    return _clipped(config, optim.layerwise.badam(_rate(config, steps), layer_labels(others), **shared, **options))
 
 
 def lisa(config: OptimizerConfig, steps: int, **options: Any) -> optax.GradientTransformation:
-    """LISA, with the options of `optim.layerwise.lisa`: active, update_gap; no decay. Where layers of two kinds
-    alternate, each run of equal layers has `active` ones of its own."""
-    moments = {"b1": config.b1, "b2": config.b2}
-    return _clipped(config, optim.layerwise.lisa(_rate(config, steps), layer_labels("adam"), **moments, **options))
+    """LISA, with the options of `optim.layerwise.lisa`: active, update_gap; no decay."""
+    shared = {"b1": config.b1, "b2": config.b2, "axes": layer_axes}
+    return _clipped(config, optim.layerwise.lisa(_rate(config, steps), layer_labels("adam"), **shared, **options))

@@ -12,21 +12,22 @@ rate serves both parts. The gradient of every weight is still needed: what is sa
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 
-from optim.checks import require
+from optim.checks import require, require_schedule
 from optim.subspaces import Axes, Matrices, Subspace, as_matrices, first_choices, next_choices, plain_axes
 from optim.whole import whole_model
 
 Rule = Literal["sign", "sgd", "none"]
 AtRefresh = Literal["reset", "move", "keep"]
 RULES: dict[str, Callable[[Array], Array]] = {"sign": jnp.sign, "sgd": lambda residual: residual}
+ROUNDING = 32  # times a type's precision, of a gradient's largest entry
 
 
 class FrugalState(NamedTuple):
@@ -69,9 +70,7 @@ def scale_by_frugal(
     require(rule in (*RULES, "none"), "rule", rule, f"one of {', '.join(RULES)}, none")
     require(at_refresh in get_args(AtRefresh), "at_refresh", at_refresh, "reset, move or keep")
     require(subspace is not None or rule != "none", "rule", rule, "a rule, for density 0")
-    if isinstance(update_gap, int):
-        require(update_gap >= 1, "update_gap", update_gap, "at least 1")
-    require(isinstance(seed, int | np.integer | Array), "seed", seed, "a whole number: draws are a function of it")
+    require_schedule(update_gap, seed)
     if subspace is not None and not subspace.coordinates:
         require(at_refresh != "move", "at_refresh", at_refresh, "reset or keep: squares of directions do not rotate")
     inner = optax.scale_by_adam() if inner is None else inner
@@ -105,7 +104,8 @@ def scale_by_frugal(
         if at_refresh == "reset":
             new = inner.init(jax.tree.map(jnp.zeros_like, low_tree))
         elif at_refresh == "move":
-            new = _moved(subspace, state.inner, before, choices, grads)
+            moved = partial(_moved, subspace, state.inner, before, choices, grads)
+            new = jax.lax.cond(fresh, moved, lambda: state.inner)
         else:
             new = state.inner
         kept = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), new, state.inner)
@@ -116,11 +116,21 @@ def scale_by_frugal(
         ):
             whole = subspace.up(choice, direction, view.shape)
             if rule != "none":
-                whole += stateless_scale * RULES[rule](view - subspace.up(choice, low, view.shape))
+                residual = view - subspace.up(choice, low, view.shape)
+                if not subspace.coordinates:
+                    residual = without_rounding(residual, view)
+                whole += stateless_scale * RULES[rule](residual)
             made.append(subspace_scale * whole)
         return grads.leaves(made), FrugalState(count, treedef.unflatten(choices), kept)
 
     return optax.GradientTransformation(init, update)
+
+
+def without_rounding(residual: Array, grad: Array) -> Array:
+    """0 where a residual [N, a, b] is what rounding left of its matrix: a gradient of low rank, as of an expert with
+    few tokens, may lie in the subspace whole, and a sign would make a step of the rest. NaN stays."""
+    largest = jnp.max(jnp.abs(grad), axis=(1, 2), keepdims=True)
+    return jnp.where(jnp.abs(residual) <= ROUNDING * jnp.finfo(grad.dtype).eps * largest, 0, residual)
 
 
 def _moved(subspace: Subspace, inner: Any, before: list[Any], after: list[Any], grads: Matrices) -> Any:
@@ -164,8 +174,8 @@ def frugal(
       learning_rate: a number or a schedule, for both parts.
       b1, b2, eps: of both Adams; an `inner` takes the place of the first.
       weight_decay, mask: of `optax.add_decayed_weights`.
-      labels: `frugal` or `adam` for each parameter, a tree or a function of the parameters. By default the released
-        code's rule for a plain pytree: leaves of two axes are `frugal`.
+      labels: `frugal` or `adam` for each parameter, a tree or a function of the parameters. By default leaves of two
+        axes are `frugal`, embedding and head too where they have two; the released code gives those to Adam.
       The others: as in `scale_by_frugal`.
     """
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)

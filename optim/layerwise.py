@@ -17,7 +17,7 @@ from typing import Any
 import optax
 
 from optim.frugal import scale_by_frugal
-from optim.subspaces import LayerOrder, MatrixAxes, layers
+from optim.subspaces import Axes, LayerOrder, MatrixAxes, layers
 
 
 def scale_by_layers(
@@ -27,6 +27,7 @@ def scale_by_layers(
     order: LayerOrder = "random",
     inner: optax.GradientTransformation | None = None,
     seed: int = 0,
+    axes: Axes | None = None,
 ) -> optax.GradientTransformation:
     """`inner`'s direction for the active layers of leaves [L, ...], zero for the others.
 
@@ -36,12 +37,15 @@ def scale_by_layers(
       order: see `optim.subspaces.Layers`.
       inner: by default `optax.scale_by_adam()`; it needs no parameters.
       seed: of the draws.
+      axes: how each layer of a leaf is a matrix, which only matters to where its moments lie on a mesh: they are split
+        along the first axis of its rows and of its columns. By default rows are the axis after the layers'.
 
     Raises:
       ValueError: bad options; at init, a leaf with fewer layers.
     """
     stacked = lambda name, leaf: MatrixAxes(1, min(1, leaf.ndim - 1))  # noqa: E731
-    return scale_by_frugal(layers(active, order, seed), update_gap=update_gap, inner=inner, rule="none", axes=stacked)
+    subspace, axes = layers(active, order, seed), stacked if axes is None else axes
+    return scale_by_frugal(subspace, update_gap=update_gap, inner=inner, rule="none", axes=axes)
 
 
 def badam(
@@ -55,10 +59,11 @@ def badam(
     b2: float = 0.999,
     eps: float = 1e-8,
     seed: int = 0,
+    axes: Axes | None = None,
 ) -> optax.GradientTransformation:
     """BAdam. `labels` says `layers` for leaves stacked over layers, `frozen` for all others (or `adam`, to train those
     too); no decay, which frozen layers must not have. 50 steps a block is the released default."""
-    return _whole(learning_rate, labels, active, update_gap, order, b1, b2, eps, seed)
+    return _whole(learning_rate, labels, active, update_gap, order, b1, b2, eps, seed, axes)
 
 
 def lisa(
@@ -71,17 +76,18 @@ def lisa(
     b2: float = 0.999,
     eps: float = 1e-8,
     seed: int = 0,
+    axes: Axes | None = None,
 ) -> optax.GradientTransformation:
     """LISA. `labels` says `layers` for leaves stacked over layers, `adam` for embeddings, head and what else is always
     trained; no decay, which frozen layers must not have. 2 layers and 20 steps are what the authors use."""
-    return _whole(learning_rate, labels, active, update_gap, "random", b1, b2, eps, seed)
+    return _whole(learning_rate, labels, active, update_gap, "random", b1, b2, eps, seed, axes)
 
 
 def _whole(
     learning_rate: optax.ScalarOrSchedule, labels: Any, active: int, update_gap: int, order: LayerOrder, b1: float,
-    b2: float, eps: float, seed: int,
+    b2: float, eps: float, seed: int, axes: Axes | None,
 ) -> optax.GradientTransformation:  # fmt: skip
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
-    matrix = scale_by_layers(active, update_gap=update_gap, order=order, inner=adam, seed=seed)
+    matrix = scale_by_layers(active, update_gap=update_gap, order=order, inner=adam, seed=seed, axes=axes)
     parts = optax.partition({"layers": matrix, "adam": adam, "frozen": optax.set_to_zero()}, labels)
     return optax.chain(parts, optax.scale_by_learning_rate(learning_rate))

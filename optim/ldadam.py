@@ -80,13 +80,11 @@ def scale_by_ldadam(
 
     def init(params: Any) -> LDAdamState:
         model = as_matrices(params, axes)
-        choices, lows = first_choices(subspace, model)  # of the default precision, which may be above a leaf's
-        of_leaves = lambda make, values: model.treedef.unflatten(  # noqa: E731
-            [make(value, dtype=view.dtype) for value, view in zip(values, model.views, strict=True)]
-        )
-        zeros = lambda: of_leaves(jnp.zeros_like, lows)  # noqa: E731
+        choices, lows = first_choices(subspace, model)
+        unflatten = model.treedef.unflatten
+        zeros = lambda: unflatten(jax.tree.map(jnp.zeros_like, lows))  # noqa: E731
         error = model.leaves([jnp.zeros_like(view) for view in model.views]) if error_feedback else None
-        return LDAdamState(jnp.int32(0), of_leaves(jnp.asarray, choices), zeros(), zeros(), error)
+        return LDAdamState(jnp.int32(0), unflatten(choices), zeros(), zeros(), error)
 
     def leading(projection: Array, mixed: Array) -> Array:
         return subspace.refresh(projection, mixed, jax.random.key(0))  # singular vectors are not drawn

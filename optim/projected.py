@@ -12,11 +12,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 
-from optim.checks import require
+from optim.checks import require_schedule
 from optim.subspaces import Axes, Choice, Subspace, as_matrices, first_choices, next_choices
 
 EPS = 1e-8  # of the norms that divide
@@ -42,9 +41,7 @@ def scale_by_projected_adam(
     Raises:
       ValueError: an update_gap below 1; parameters that are no matrices or have no such subspace, by name.
     """
-    if isinstance(update_gap, int):
-        require(update_gap >= 1, "update_gap", update_gap, "at least 1")
-    require(isinstance(seed, int | np.integer | Array), "seed", seed, "a whole number: draws are a function of it")
+    require_schedule(update_gap, seed)
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
     def init(params: Any) -> ProjectedState:
@@ -62,10 +59,11 @@ def scale_by_projected_adam(
         choices = next_choices(subspace, before, grads, state.count % update_gap == 0, key)
         lows = [subspace.down(choice, view) for choice, view in zip(choices, grads.views, strict=True)]
         directions, moments = adam.update(treedef.unflatten(lows), state.adam)
-        corrected = jnp.sqrt(1 - b2**count) / (1 - b1**count)
+        correction = jnp.sqrt(1 - b2**count) / (1 - b1**count)
         made, norms = [], []
         of_leaf = treedef.flatten_up_to(directions), treedef.flatten_up_to(state.norms)
         for view, choice, low, direction, norm in zip(grads.views, choices, lows, *of_leaf, strict=True):
+            corrected = correction.astype(view.dtype)
             whole, norm = combine(view, choice, low, direction / corrected, norm)
             made.append(corrected * whole)
             norms.append(norm)

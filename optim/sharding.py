@@ -23,8 +23,8 @@ def opt_state_shardings(tx: optax.GradientTransformation, params: Any, shardings
 
     State of the parameter's shape takes its sharding. State of a subspace of its matrices ([N, a, b], see
     `optim.subspaces`) is split along the axes that are whole in it; a projected axis is not, but for columns and rows
-    with shards, whose parts are split as it is. Indices of columns and rows go with what is below them. All else is
-    replicated.
+    with shards, whose parts are split as it is: its devices share another axis. Indices go with what is below them. All
+    else is replicated.
 
     Args:
       tx: the transform.
@@ -67,7 +67,7 @@ def opt_state_shardings(tx: optax.GradientTransformation, params: Any, shardings
         if owner is None:
             return NamedSharding(mesh, P())
         spec = specs[owner].get(leaf.shape)
-        return NamedSharding(mesh, _subspace_spec(leaf.shape, *known[owner]) if spec is None else spec)
+        return NamedSharding(mesh, _subspace_spec(leaf.shape, *known[owner], mesh) if spec is None else spec)
 
     chosen = jax.tree_util.tree_map_with_path(choose, jax.eval_shape(tx.init, params), is_leaf=is_choice)
     return jax.tree_util.tree_map_with_path(place, chosen)
@@ -82,7 +82,10 @@ def _choice_specs(name: str, choice: Indices, shape: tuple[int, ...], spec: P, m
     entries = [entry if _devices(entry, mesh) else None for _, entry in long]
     cuts = list(accumulate((size for size, _ in long), mul, initial=1))
     ends = n, n * (choice.size if rows else other)
-    if choice.axis == "randk" or not all(end in cuts for end in ends):
+    if choice.axis == "randk" and n in cuts:
+        each = P(_joined(entries[: cuts.index(n)][::-1]), None)
+        return each, choice.index.shape, each
+    if not all(end in cuts for end in ends):
         return P(), choice.index.shape, P()
     begin, middle = map(cuts.index, ends)
     first, last = entries[begin:middle], entries[middle:]
@@ -110,11 +113,12 @@ def _padded(spec: P, shape: tuple[int, ...]) -> list[Any]:
     return [*spec, *[None] * (len(shape) - len(spec))]
 
 
-def _subspace_spec(low: tuple[int, ...], shape: tuple[int, ...], spec: P) -> P:
+def _subspace_spec(low: tuple[int, ...], shape: tuple[int, ...], spec: P, mesh: Mesh) -> P:
     """Of [N, a, b] with one axis shortened, for a parameter of this shape; P() for anything else. Which of its axes
-    make N, a and b is not told: the division that leaves most of it whole is taken."""
+    make N, a and b is not told: the division that leaves most of it whole is taken. Devices along the shortened axis
+    then share the longest one that they divide: the sum over them that goes down ends scattered."""
     entries = _padded(spec, shape)
-    best, found = 0, P()
+    best, found = 0, None
     for stacked in range(len(shape) - 1):
         for split in range(stacked + 1, len(shape)):
             parts = slice(0, stacked), slice(stacked, split), slice(split, None)
@@ -125,8 +129,16 @@ def _subspace_spec(low: tuple[int, ...], shape: tuple[int, ...], spec: P) -> P:
             if fits and kept > best:
                 best = kept
                 kinds = entries[:stacked][::-1], entries[stacked:split], entries[split:]  # the last stacked is slowest
-                found = P(*(_joined(kind) if one else None for kind, one in zip(kinds, whole)))
-    return found
+                found = [_joined(kind) if one else None for kind, one in zip(kinds, whole)]
+    if found is None:
+        return P()
+    held = {name for entry in found for name in _devices(entry, mesh)}
+    left = {name: size for entry in entries for name, size in _devices(entry, mesh).items() if name not in held}
+    for axis in sorted(range(3), key=lambda axis: -low[axis]):
+        if left and found[axis] is None and low[axis] % math.prod(left.values()) == 0:
+            found[axis] = next(iter(left)) if len(left) == 1 else tuple(left)
+            break
+    return P(*found)
 
 
 def _joined(entries: Sequence[Any]) -> Any:

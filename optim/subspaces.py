@@ -133,9 +133,11 @@ def first_choices(subspace: Subspace, model: Matrices) -> tuple[list[Choice], li
     choices, lows = [], []
     for name, view in zip(model.names, model.views, strict=True):
         try:
-            choices.append(subspace.init(view.shape))
+            choice = subspace.init(view.shape)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+        floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
+        choices.append(jax.tree.map(lambda leaf: leaf.astype(view.dtype) if floating(leaf) else leaf, choice))  # noqa: B023
         lows.append(jnp.zeros_like(subspace.down(choices[-1], view)))
     return choices, lows
 
@@ -362,6 +364,8 @@ class Layers(Whole):
 
     def init(self, shape: Shape) -> BlockChoice:
         require(1 <= self.active <= shape[0], "active", self.active, f"1 to {shape[0]} layers")
+        even = self.order != "shuffled" or shape[0] % self.active == 0
+        require(even, "active", self.active, f"a divisor of {shape[0]} layers, for shuffled")
         return BlockChoice(jnp.arange(self.active, dtype=jnp.int32), jnp.int32(0))
 
     def refresh(self, choice: BlockChoice, grad: Array, key: Array) -> BlockChoice:
@@ -424,6 +428,7 @@ def layers(active: int, order: LayerOrder = "random", seed: int = 0) -> Layers:
     """See `Layers`."""
     require(order in get_args(LayerOrder), "order", order, f"one of {', '.join(get_args(LayerOrder))}")
     require(isinstance(active, int) and active >= 1, "active", active, "at least 1")
+    require(isinstance(seed, int), "seed", seed, "a whole number: draws are a function of it")
     return Layers(active, order, seed)
 
 

@@ -140,6 +140,17 @@ def test_density_one_is_adam_begun_anew_at_each_refresh(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, want)
 
 
+@pytest.mark.parametrize("make", [svd, random])
+def test_the_sign_of_rounding_is_no_step(make):
+    """An expert that saw few tokens has a gradient of low rank: inside the subspace, or not inside it at all."""
+    rng = np.random.default_rng(3)
+    grad = {"w": jnp.asarray(rng.standard_normal((4, 32, 2)) @ rng.standard_normal((4, 2, 48)), jnp.float32)}
+    tx = scale_by_frugal(make(rank=4), axes=STACKED)
+    direction, _ = tx.update(grad, tx.init(grad))
+    ranks = np.linalg.matrix_rank(np.asarray(direction["w"]), tol=1e-3)
+    assert (ranks <= 4).all() == (make is svd)
+
+
 def test_density_zero_is_the_sign_and_keeps_nothing():
     got = run(frugal(0.01, None, labels=LABELS, axes=STACKED))
     want = run(optax.sign_sgd(0.01))
@@ -250,6 +261,7 @@ def test_the_default_labels_are_matrices():
     ("options", "tree", "message"),
     [
         ({"update_gap": 0}, {}, "update_gap = 0"),
+        ({"update_gap": 0.5}, {}, "update_gap = 0.5: expected a whole number"),
         ({"rule": "signum"}, {}, "rule = 'signum'"),
         ({"subspace": svd(1.0)}, {"w": np.ones((4, 6), np.float32)}, r"\['w'\]: subspace = .*directions left over"),
         ({"subspace": svd(0.5), "at_refresh": "move"}, {}, "at_refresh = 'move'"),

@@ -105,8 +105,9 @@ HELD_AS_ADAM = optax.MaskedNode()
         ("columns_finer", P(None, "fsdp", None, None), P("expert", None, "fsdp", None)),
         ("rows", HELD_AS_ADAM, P("expert", None, "fsdp")),
         ("rows_sharded", P(None, "fsdp", None, None), P("expert", None, None, "fsdp")),
-        ("block", P(None, "fsdp", None), P(None, None, "fsdp")),
-        ("randk", P(), P()),
+        ("block", P(None, "fsdp", None), P(None, "expert", "fsdp")),
+        ("svd", P(None, None, "fsdp"), P("expert", None, "fsdp")),
+        ("randk", P(None, None), P("expert", None)),
     ],
 )
 def test_moments_are_split_along_the_axes_that_are_whole_and_along_parts(name, wq, down):
