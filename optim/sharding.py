@@ -83,7 +83,7 @@ def _choice_specs(name: str, choice: Indices, shape: tuple[int, ...], spec: P, m
     cuts = list(accumulate((size for size, _ in long), mul, initial=1))
     ends = n, n * (choice.size if rows else other)
     if choice.axis == "randk" and n in cuts:
-        each = P(_joined(entries[: cuts.index(n)][::-1]), None)
+        each = _shared([_joined(entries[: cuts.index(n)][::-1]), None], choice.index.shape, entries, mesh)
         return each, choice.index.shape, each
     if not all(end in cuts for end in ends):
         return P(), choice.index.shape, P()
@@ -130,14 +130,16 @@ def _subspace_spec(low: tuple[int, ...], shape: tuple[int, ...], spec: P, mesh: 
                 best = kept
                 kinds = entries[:stacked][::-1], entries[stacked:split], entries[split:]  # the last stacked is slowest
                 found = [_joined(kind) if one else None for kind, one in zip(kinds, whole)]
-    if found is None:
-        return P()
+    return P() if found is None else _shared(found, low, entries, mesh)
+
+
+def _shared(found: list[Any], low: tuple[int, ...], entries: Sequence[Any], mesh: Mesh) -> P:
+    """`found`, and the devices that split the parameter but not this on the longest axis that they divide."""
     held = {name for entry in found for name in _devices(entry, mesh)}
     left = {name: size for entry in entries for name, size in _devices(entry, mesh).items() if name not in held}
-    for axis in sorted(range(3), key=lambda axis: -low[axis]):
+    for axis in sorted(range(len(low)), key=lambda axis: -low[axis]):
         if left and found[axis] is None and low[axis] % math.prod(left.values()) == 0:
-            found[axis] = next(iter(left)) if len(left) == 1 else tuple(left)
-            break
+            return P(*found[:axis], next(iter(left)) if len(left) == 1 else tuple(left), *found[axis + 1 :])
     return P(*found)
 
 

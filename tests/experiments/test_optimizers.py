@@ -15,14 +15,16 @@ from experiments.data.corpus import open_corpus
 from experiments.initial import fingerprint
 from experiments.optimizers import matrix_axes, matrix_labels
 from experiments.overrides import with_overrides
-from experiments.recipes import smoke
+from experiments.recipes import cpu, smoke
 from experiments.step import init_state, make_optimizer, pass_loss
 from experiments.train import fit, restore_or_init
 from moe.config import LatentConfig, ModelConfig, MoEConfig
-from moe.transformer import init_params
+from moe.transformer import abstract_params, init_params
+from optim.sharding import bytes_per_device, opt_state_shardings
 from optim.subspaces import matrices
 from parallel.checkpoint import Checkpoints
 from parallel.mesh import make_mesh
+from parallel.sharding import tree_shardings
 
 RUN = with_overrides(
     smoke(), ["steps=2", "eval_tokens_per_domain=64", "model.moe.dispatcher=einsum", "model.moe.num_experts=4"]
@@ -231,6 +233,36 @@ def test_columns_that_lie_on_several_devices_need_parts(tmp_path):
     with pytest.raises(ValueError, match=r"\['wo'\]: devices along columns = .*shards a multiple of 2"):
         fit(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+KEEPING_LITTLE = [
+    "frugal(subspace='columns(density=0.25, shards=8)')",
+    "frugal(subspace='rows(density=0.25, shards=8)')",
+    "frugal(subspace='randk(density=0.25)')",
+    "frugal(subspace='svd(density=0.25)')",
+    "frugal(subspace='block(density=0.34)')",
+    "galore(rank=24)",
+    "fira(rank=24)",
+    "apollo(rank=24)",
+    "badam(others='adam')",
+    "lisa(active=1)",
+]
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "expert": 2}], ids=str)
+@pytest.mark.parametrize("name", KEEPING_LITTLE)
+def test_what_a_device_holds_is_little_too(name, sizes):
+    """The share of its state that one device holds is at most 1.25 times AdamW's share."""
+    mesh, params = make_mesh(**sizes), abstract_params(cpu().model)
+    on = tree_shardings(params, mesh)
+
+    def held(name):
+        tx = make_optimizer(replace(cpu().optimizer, name=name), 100)
+        state = jax.eval_shape(tx.init, params)
+        whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        return bytes_per_device(state, opt_state_shardings(tx, params, on)) / whole
+
+    assert held(name) <= 1.25 * held("adamw")
 
 
 def test_gradients_that_are_no_numbers_end_the_run(tmp_path):

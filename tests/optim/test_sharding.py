@@ -107,7 +107,7 @@ HELD_AS_ADAM = optax.MaskedNode()
         ("rows_sharded", P(None, "fsdp", None, None), P("expert", None, None, "fsdp")),
         ("block", P(None, "fsdp", None), P(None, "expert", "fsdp")),
         ("svd", P(None, None, "fsdp"), P("expert", None, "fsdp")),
-        ("randk", P(None, None), P("expert", None)),
+        ("randk", P(None, "fsdp"), P("expert", "fsdp")),
     ],
 )
 def test_moments_are_split_along_the_axes_that_are_whole_and_along_parts(name, wq, down):
