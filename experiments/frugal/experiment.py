@@ -4,12 +4,13 @@ Paper:     Zmushko et al., arXiv 2411.07837, ICML 2025. Peers: GaLore 2403.03507
            Fira 2410.01623, APOLLO 2412.05270, LDAdam 2410.16103. All of them are in optim/.
 Claim:     the update without state closes most of the gap to AdamW, for any choice of the subspace.
 Command:   python -m experiments run frugal --preset cpu
-Time:      cpu about 10 minutes on 2 quiet cores (the committed one shared them: 16).
+Time:      cpu about 10 minutes on 2 quiet cores, cpu-long 25, moe 8; the committed ones shared them: 16, 65, 17.
 Result:    cpu, two seeds: 0.112 nats better than its twin (columns), 0.300 (block), 0.121 and 0.107 better than GaLore,
-           0.037 and 0.023 than density 0; but 0.069 and 0.084 behind AdamW, where the paper has 0.037. Twins, GaLore
-           and AdamW were best at the highest rate tried. moe, 150 steps: AdamW, block and density 0 within 0.002 of
-           each other, columns 0.017 better, so that moments of a quarter bring less than claimed. All of it in
-           REPRODUCTIONS.md, made from results/.
+           0.037 and 0.023 than density 0; but 0.069 and 0.084 behind AdamW, where the paper has 0.037. cpu-long, with
+           higher rates: twins and GaLore get no better; columns are 0.035 behind AdamW (inconclusive), 0.022 behind
+           svd, 0.20 before BAdam; APOLLO is best of all, 0.021 before AdamW. moe, 150 steps: AdamW, block and density
+           0 within 0.002 of each other, columns 0.017 better, so that moments of a quarter bring less than claimed.
+           All of it in REPRODUCTIONS.md, made from results/.
 
 Protocol, fixed beforehand. On CPU every arm tries three learning rates at a seed of its own, the lowest validation loss
 is taken, and two fresh seeds are trained with it; claims are about the test split. GaLore's rates are three times as
