@@ -201,7 +201,7 @@ def test_a_run_goes_on_with_its_own_subspace_alone(tmp_path):
         ("frugal(subspace='columns(density=1.5)')", "density = 1.5: expected above 0, at most 1"),
         ("frugal(subspace='columns(density=0)')", "density = 0: expected above 0"),
         ("frugal(inner='sgd')", "optimizer.name: inner = 'sgd': expected one of adam, lion, momentum"),
-        ("frugal(update_gap=0)", "update_gap = 0: expected at least 1"),
+        ("frugal(update_gap=0)", "update_gap = 0: expected a whole number, at least 1"),
         ("galore", r"optimizer.name = 'galore': expected options that galore takes"),
         ("galore(rank=0)", "rank = 0: expected at least 1"),
         ("badam(others='sgd')", "optimizer.name: others = 'sgd'"),
