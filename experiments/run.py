@@ -26,8 +26,7 @@ from experiments.provenance import git_commit, provenance
 from experiments.report import CLAIM_COLUMNS, arm_cells, claim_cells
 from experiments.series import within_limit
 from experiments.train import FitResult, NotFinite, check, fit
-from experiments.tuning import candidates, tuned, tuning_rows
-from experiments.tuning import described as described_tuning
+from experiments.tuning import candidates, described_tuning, tuned, tuning_rows
 from moe.config import require
 from parallel.startup import barrier, is_primary
 

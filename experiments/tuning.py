@@ -51,7 +51,7 @@ def tuned(preset: Preset, results: Results) -> Preset:
     return replace(preset, arms=arms)
 
 
-def described(preset: Preset, results: Results) -> dict[str, Any]:
+def described_tuning(preset: Preset, results: Results) -> dict[str, Any]:
     """For `result.json`: the field, the metric, and by arm all that was tried, None where it was not finite."""
     if preset.tuning is None:
         return {}
@@ -63,7 +63,7 @@ def described(preset: Preset, results: Results) -> dict[str, Any]:
 
 
 def tuning_rows(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Columns and one row per arm of what `described` says: every value's metric, the chosen one marked."""
+    """Columns and one row per arm of what `described_tuning` says: every value's metric, the chosen one marked."""
     values = sorted({value for tried in content["arms"].values() for value in tried}, key=float)
 
     def cell(tried: Mapping[str, float | None], value: str) -> str:

@@ -34,6 +34,7 @@ from experiments.bench.shape import StepShape
 from experiments.bench.state_bytes import Parameters, on_layers, on_matrices, parameters_of
 from experiments.config import DataConfig, RunConfig
 from experiments.dry_run import abstract_state
+from experiments.frugal.experiment import llama
 from experiments.output import write_json
 from experiments.provenance import provenance
 from experiments.recipes import cpu
@@ -86,23 +87,20 @@ def methods(model: ModelConfig) -> dict[str, Method]:
     }
 
 
-def llama(hidden: int, ffn_dim: int, layers: int) -> ModelConfig:
-    """The decoders of the paper's pre-training: heads of 64, 32,000 tokens, untied."""
-    heads = hidden // 64
-    return ModelConfig(
-        vocab_size=32_000, hidden=hidden, num_layers=layers, num_heads=heads, num_kv_heads=heads, head_dim=64,
-        ffn_dim=ffn_dim, moe=None,
-    )  # fmt: skip
+def decoder(size: str) -> ModelConfig:
+    """Of the paper's pre-training, in float32."""
+    return replace(llama(size).model, compute_dtype="float32", remat="none")
 
 
 def real_models() -> dict[str, ModelConfig]:
-    return {"LLaMA 60M": llama(512, 1376, 8), "LLaMA 130M": llama(768, 2048, 12), "cpu MoE": cpu().model}
+    return {"LLaMA 60M": decoder("60m"), "LLaMA 130M": decoder("130m"), "cpu MoE": cpu().model}
 
 
 def timed_runs() -> dict[str, RunConfig]:
     """A dense decoder whose step takes some 300 ms on two cores, and the recipe `cpu` as it is. Unrolled: see
     `StepShape.run_config`."""
-    dense = replace(llama(256, 688, 4), vocab_size=1024, unroll=0)
+    sizes = {"hidden": 256, "ffn_dim": 688, "num_layers": 4, "num_heads": 4, "num_kv_heads": 4, "vocab_size": 1024}
+    dense = replace(decoder("60m"), **sizes, unroll=0)
     data = DataConfig(corpus="synthetic", seq_len=128)
     return {"dense": RunConfig(model=dense, data=data, batch_size=16, steps=1_000), "cpu MoE": cpu()}
 

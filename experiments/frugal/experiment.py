@@ -42,7 +42,7 @@ from typing import Any
 
 from experiments import recipes
 from experiments.claims import Claim
-from experiments.config import BalanceConfig, DataConfig, InitConfig, OptimizerConfig, RunConfig
+from experiments.config import DataConfig, InitConfig, OptimizerConfig, RunConfig
 from experiments.experiment import Experiment, Preset, Tuning
 from experiments.upcycling.experiment import LEAST_KNOWN, SMOLLM2_CORPUS, smollm2
 from moe.config import ModelConfig
@@ -142,14 +142,14 @@ def family_claims() -> tuple[Claim, ...]:
     )  # fmt: skip
 
 
-def dense(base: RunConfig) -> RunConfig:
-    """As published, but for the rate: no decay, Adam's own betas."""
+def as_published(base: RunConfig) -> RunConfig:
+    """No decay, Adam's own betas; the rate stays."""
     return replace(base, optimizer=replace(base.optimizer, weight_decay=0.0, b2=0.999))
 
 
 def smoke() -> Preset:
     made = recipes.smoke()
-    base = dense(replace(made, model=replace(made.model, moe=None, ffn_dim=48, num_layers=4), steps=4))
+    base = as_published(replace(made, model=replace(made.model, moe=None, ffn_dim=48, num_layers=4), steps=4))
     arms = main_arms(base, 2) | twins(base, 2)
     return Preset(arms, 1, (*twin_claims(), *near_claims()), "shows that it runs", tuning=tuning(arms, (1e-3, 1e-2)))
 
@@ -162,7 +162,7 @@ def small() -> RunConfig:
         tie_embeddings=True, init_std=made.model.init_std,
     )  # fmt: skip
     optimizer = replace(made.optimizer, warmup_steps=30)
-    return dense(replace(made, model=model, optimizer=optimizer, batch_size=16, steps=300, checkpoint_every=0))
+    return as_published(replace(made, model=model, optimizer=optimizer, batch_size=16, steps=300, checkpoint_every=0))
 
 
 def cpu() -> Preset:
@@ -181,8 +181,8 @@ def cpu_long() -> Preset:
 def moe() -> Preset:
     """The spine recipe's mixture of experts with a layer more: subspaces of every expert, blocks of single experts."""
     made = recipes.cpu()
-    base = dense(replace(made, model=replace(made.model, num_layers=4), steps=150, batch_size=16, checkpoint_every=0))
-    base = replace(base, optimizer=replace(base.optimizer, warmup_steps=15))
+    sized = replace(made, model=replace(made.model, num_layers=4), steps=150, batch_size=16, checkpoint_every=0)
+    base = as_published(replace(sized, optimizer=replace(sized.optimizer, warmup_steps=15)))
     arms = main_arms(base, 15)
     return Preset(arms, 2, near_claims(), tuning=tuning(arms))
 
@@ -193,16 +193,16 @@ def fine_tuning() -> Preset:
     from experiments.data.corpus import data_root
 
     base = RunConfig(
-        model=smollm2(),
+        model=replace(smollm2(), first_dense=0),
         data=DataConfig(corpus=str(data_root() / SMOLLM2_CORPUS), seq_len=128, domains=LEAST_KNOWN),
-        optimizer=OptimizerConfig(warmup_steps=2, weight_decay=0.0, b2=0.999),
+        optimizer=OptimizerConfig(warmup_steps=2),
         init=InitConfig("smollm2"),
         batch_size=4,
         steps=16,
         checkpoint_every=0,
         eval_tokens_per_domain=1024,
     )
-    base = replace(base, model=replace(base.model, first_dense=0))
+    base = as_published(base)
     arms = {"adamw": base, "zero": named(base, frugal("none", 500, stateless_scale=0.1))}
     claim = within("density 0: close to AdamW in fine-tuning", "zero", "adamw", ADAMW, "GLUE: on par (not recovered)")
     return Preset(arms, 2, (claim,), "SmolLM2-135M", tuning=tuning(arms, (3e-5, 1e-4, 3e-4)))
@@ -224,11 +224,10 @@ def llama(size: str) -> RunConfig:
         vocab_size=32_000, hidden=hidden, num_layers=layers, num_heads=heads, num_kv_heads=heads,
         head_dim=hidden // heads, ffn_dim=ffn, moe=None, norm_eps=1e-6, compute_dtype="bfloat16", remat="dots",
     )  # fmt: skip
-    optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=steps // 10, weight_decay=0.0, b2=0.999)
-    return RunConfig(
-        model=model, data=DataConfig(seq_len=256), optimizer=optimizer, balance=BalanceConfig(), batch_size=512,
-        steps=steps, checkpoint_every=1000,
-    )  # fmt: skip
+    optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=steps // 10)
+    data = DataConfig(seq_len=256)
+    base = RunConfig(model=model, data=data, optimizer=optimizer, batch_size=512, steps=steps, checkpoint_every=1000)
+    return as_published(base)
 
 
 def gpu() -> Preset:
