@@ -72,13 +72,13 @@ def run_experiment(
     start(devices)
     from rich.console import Console
 
-    from experiments.experiment import load, planned, preset_of
-    from experiments.run import plan_table, run, select
+    from experiments.experiment import load, preset_of
+    from experiments.run import everything, plan_table, run, select
 
     chosen = tuple(part for part in arms.split(",") if part)
     every = [*settings, *_named(router, optimizer)]
     if dry_run:
-        Console().print(plan_table(planned(select(preset_of(load(name), preset), chosen, every, seeds))))
+        Console().print(plan_table(everything(select(preset_of(load(name), preset), chosen, every, seeds))))
         return
     target = out or Path("runs") / f"{name.rpartition('.')[2]}-{preset}"
     run(name, preset, target, seeds=seeds, arms=chosen, settings=every, loggers=loggers, profile=_span(profile))

@@ -1,13 +1,13 @@
 """The contract of an experiment: a folder per paper whose `experiment.py` offers `EXPERIMENT`.
 
-An arm is a whole `RunConfig`, made with `dataclasses.replace` from a recipe, or a `Study` that trains nothing; a preset
-is a set of arms of one kind and a number of seeds. The shared runner (`experiments.run`) does the rest.
+An arm is a whole `RunConfig`, made with `dataclasses.replace` from a recipe, or a `Study`, which is anything else; a
+preset is a set of arms of one kind and a number of seeds. The shared runner (`experiments.run`) does the rest.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,33 @@ from moe.config import require
 FOLDER = Path(__file__).parent
 
 
+StudyProgress = Callable[[int, str], None]  # (how many of the study's steps are done, what is going on)
+
+
+def nothing() -> None:
+    """A study that needs nothing."""
+
+
 @dataclass(frozen=True)
 class Study:
-    """An arm without a network: `run(seed) -> (metrics, series for figures)`. `settings` are what it depends on."""
+    """An arm that is not one training run.
 
-    run: Callable[[int], tuple[dict[str, float], dict[str, Any]]]
+    Attributes:
+      run: `run(seed, out, progress) -> (metrics, series for figures)`. The folder `out` is its own: a long study keeps
+        what it has finished there, raises KeyboardInterrupt after Ctrl-C, and goes on when it is called again.
+      settings: what it depends on; JSON-able.
+      steps: its length, in the unit of `progress`.
+      check: ValueError for what is missing or wrong, before anything is compiled or written.
+      count: for `--dry-run`, numbers by name.
+      override: the study with `--set` settings; None where there is nothing to set.
+    """
+
+    run: Callable[[int, Path, StudyProgress], tuple[dict[str, float], dict[str, Any]]]
     settings: Mapping[str, Any]
+    steps: int = 1
+    check: Callable[[], None] = nothing
+    count: Callable[[], dict[str, float | int]] | None = None
+    override: Callable[[Sequence[str]], Study] | None = None
 
 
 Arm = RunConfig | Study
@@ -117,6 +138,11 @@ def load(name: str) -> Experiment:
 def trained(preset: Preset) -> dict[str, RunConfig]:
     """The arms that train a model."""
     return {name: arm for name, arm in preset.arms.items() if isinstance(arm, RunConfig)}
+
+
+def studies(preset: Preset) -> dict[str, Study]:
+    """The other arms."""
+    return {name: arm for name, arm in preset.arms.items() if isinstance(arm, Study)}
 
 
 def planned(preset: Preset) -> dict[str, RunConfig]:

@@ -16,7 +16,7 @@ from experiments.claims import Judged, compared, judge, mean_std, overall, state
 from experiments.config import PARENT, RunConfig
 from experiments.data.corpus import open_corpus
 from experiments.dry_run import dry_run
-from experiments.experiment import Arm, Experiment, Preset, Study, load, planned, preset_of, trained
+from experiments.experiment import Arm, Experiment, Preset, Study, load, planned, preset_of, studies
 from experiments.initial import Parent
 from experiments.logs import check_loggers
 from experiments.output import contents, elapsed, probe, stopwatch, write_json
@@ -62,6 +62,8 @@ def run(
     check_loggers(loggers)
     for config in [*planned(preset).values(), *candidates(preset).values()]:
         check(config, open_corpus(config.data), parent_of(preset, config, 0, out))
+    for study in studies(preset).values():
+        study.check()
     prepare(out, experiment, preset_name, preset)
     options = {"commit": commit, "console": console, "loggers": loggers, "profile": profile}
     with stopwatch(out / WALL) if is_primary() else nullcontext():
@@ -103,21 +105,18 @@ def train_all(
     """Every job at every seed that is not recorded yet, under one progress bar; by `run_arm` or `run_one`."""
     plan = [(arm, seed) for seed in seeds for arm in jobs]
     results = {run: result for run in plan if (result := read_result(out, *run)) is not None}
-    length = {name: arm.steps if isinstance(arm, RunConfig) else 1 for name, arm in jobs.items()}
-    total = sum(length[arm] for arm, _ in plan)
-    done = sum(length[arm] for arm, _ in results)
+    total = sum(jobs[arm].steps for arm, _ in plan)
+    done = sum(jobs[arm].steps for arm, _ in results)
     with Bar(title, total, done, console, shown=is_primary()) as bar:
         for arm, seed in [run for run in plan if run not in results]:
-            note = lambda step, _, m, what=f"{arm} seed {seed}", before=done: bar.update(  # noqa: E731
-                before + step, f"{what} step {step} loss {m['loss']:.3f}"
-            )
+            note = noted(jobs[arm], bar, f"{arm} seed {seed}", done)
             options = {"progress": note, "loggers": loggers, "profile": profile}
             if (parent := parent_of(preset, jobs[arm], seed, out)) is not None:
                 options |= {"parent": parent}
             result = (run_one or run_arm)(jobs[arm], seed, run_folder(out, arm, seed), **options)
             record(out, arm, seed, result, commit)
             results[arm, seed] = result
-            done += length[arm]
+            done += jobs[arm].steps
             bar.update(done, f"{arm} seed {seed}")
     return results
 
@@ -127,7 +126,14 @@ def run_arm(arm: Arm, seed: int, out: Path, **options: Any) -> FitResult:
     if isinstance(arm, RunConfig):
         return fit(replace(arm, seed=seed), out, **options)
     out.mkdir(parents=True, exist_ok=True)
-    return FitResult(*arm.run(seed))
+    return FitResult(*arm.run(seed, out, options["progress"]))
+
+
+def noted(arm: Arm, bar: Bar, what: str, before: int) -> Callable[..., None]:
+    """The `progress` of a training run, or of a study: moves the bar on from `before`."""
+    if isinstance(arm, Study):
+        return lambda step, note: bar.update(before + step, f"{what} {note}")
+    return lambda step, _, m: bar.update(before + step, f"{what} step {step} loss {m['loss']:.3f}")
 
 
 def run_candidate(arm: Arm, seed: int, out: Path, **options: Any) -> FitResult:
@@ -156,20 +162,24 @@ def select(preset: Preset, arms: Sequence[str], settings: Sequence[str], seeds: 
     for arm in arms:
         require(arm in preset.arms, "arm", arm, f"one of {', '.join(preset.arms)}")
     require(seeds is None or seeds >= 1, "seeds", seeds, "at least 1")
-    require(not settings or len(trained(preset)) == len(preset.arms), "--set", list(settings), "a preset that trains")
     if preset.tuning is not None:
         free = all(setting.partition("=")[0] != preset.tuning.field for setting in settings)
         require(free, "--set", preset.tuning.field, f"another field: {preset.tuning.field} is tuned")
-    kept = {
-        name: with_overrides(arm, settings) if isinstance(arm, RunConfig) else arm
-        for name, arm in preset.arms.items()
-        if not arms or name in arms
-    }
+    asked = {name: arm for name, arm in preset.arms.items() if not arms or name in arms}
+    fixed = [name for name, arm in asked.items() if isinstance(arm, Study) and arm.override is None]
+    require(not settings or not fixed, "--set", list(settings), f"arms with something to set, not {', '.join(fixed)}")
+    kept = {name: overridden(arm, settings) for name, arm in asked.items()}
     claims = tuple(c for c in preset.claims if set(c.arms) <= kept.keys())
     common = [s for s in settings if s.startswith(("model.", "mesh.")) and not s.startswith("model.moe.")]
     needed = {arm.init.parent for arm in kept.values() if isinstance(arm, RunConfig)}
     parents = {name: with_overrides(one, common) for name, one in preset.parents.items() if name in needed}
     return replace(preset, arms=kept, claims=claims, parents=parents, seeds=seeds or preset.seeds)
+
+
+def overridden(arm: Arm, settings: Sequence[str]) -> Arm:
+    if isinstance(arm, RunConfig):
+        return with_overrides(arm, settings)
+    return arm.override(settings) if settings and arm.override is not None else arm
 
 
 def manifest(experiment: Experiment, preset_name: str, preset: Preset) -> dict[str, Any]:
@@ -341,15 +351,22 @@ def cells_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     return table
 
 
-def plan_table(arms: Mapping[str, RunConfig]) -> Table:
-    """`--dry-run`: every arm's step lowered on a simulated mesh, and counted."""
-    require(bool(arms), "--dry-run", "no arm that trains", "a preset that trains models")
-    counts = {arm: dry_run(config) for arm, config in arms.items()}
-    keys = list(next(iter(counts.values())))
+def counted(arm: Arm) -> dict[str, float | int]:
+    """What an arm would cost; empty for a study that counts nothing."""
+    if isinstance(arm, RunConfig):
+        return dry_run(arm)
+    return {} if arm.count is None else arm.count()
+
+
+def plan_table(arms: Mapping[str, Arm]) -> Table:
+    """`--dry-run`: every arm's step lowered on a simulated mesh, and counted; studies as they count themselves."""
+    counts = {name: row for name, arm in arms.items() if (row := counted(arm))}
+    require(bool(counts), "--dry-run", "no arm that trains", "a preset that trains models")
+    keys = dict.fromkeys(key for row in counts.values() for key in row)
     table = Table(title="dry run: nothing is trained")
     table.add_column("")
     for arm in counts:
         table.add_column(arm, justify="right")
     for key in keys:
-        table.add_row(key.replace("_", " "), *(f"{row[key]:,}" for row in counts.values()))
+        table.add_row(key.replace("_", " "), *(f"{row[key]:,}" if key in row else "-" for row in counts.values()))
     return table

@@ -29,7 +29,7 @@ from typing import Any
 from experiments import recipes
 from experiments.claims import Claim
 from experiments.config import BalanceConfig, RunConfig
-from experiments.experiment import Experiment, Preset, Study
+from experiments.experiment import Experiment, Preset, Study, StudyProgress
 
 STEPS = (1e-3, 3e-3, 1e-2, 3e-2)
 STEP = 3e-3
@@ -83,7 +83,7 @@ def one_seed(seed: int) -> Any:
     return study(seed)
 
 
-def of_rule(rule: str, seed: int) -> tuple[dict[str, float], dict[str, Any]]:
+def of_rule(rule: str, seed: int, out: Path, progress: StudyProgress) -> tuple[dict[str, float], dict[str, Any]]:
     metrics, series = one_seed(seed)
     return metrics[rule], series[rule]
 
