@@ -21,6 +21,8 @@ import numpy as np
 from jax import Array
 
 from moe.config import ModelConfig, require
+from moe.lora.config import AdapterConfig
+from moe.lora.dense import COLLECTION
 from moe.routing import make_router
 from moe.transformer import Block, Cache, PerLayer, RMSNorm, Shared, rotations
 
@@ -28,7 +30,8 @@ BUCKET = 32  # prompts and caches are padded to multiples of this, so that few l
 
 
 class Model(Protocol):
-    """What is generated from: `moe.pretrained.model.Pretrained`, or anything with these."""
+    """What is generated from: `moe.pretrained.model.Pretrained`, or anything with these. One that also has `adapters`
+    and their `adapter_config` is adapted (`moe.lora.adapters.Adapted`)."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -39,25 +42,28 @@ class Model(Protocol):
 
 
 class Weights(NamedTuple):
-    """Parameters with one entry per layer, and each layer's router state; the head is [d, V]."""
+    """Variables (`params`, and `adapters` where there are any) with one entry per layer, and each layer's router state;
+    the head is [d, V]."""
 
     embedding: Array
     head: Array
     final_norm: Any
-    layers: tuple[Any, ...]
+    layers: tuple[dict[str, Any], ...]
     router_states: tuple[Any, ...]
 
 
-def unstacked(config: ModelConfig, params: Any, router_state: Any) -> Weights:
+def unstacked(config: ModelConfig, params: Any, router_state: Any, adapters: Any = None) -> Weights:
     """Parameters [L, ...] of a `Transformer` as separate layers: a copy of all but an embedding.
 
     The head is turned, also where it is the embedding: a product with few rows streams [d, V] at the memory's pace,
     [V, d] at a third to three quarters of it (XLA:CPU).
     """
     layers, states, moe_layer = [], [], 0
+    collections = {"params": params} | ({} if adapters is None else {COLLECTION: adapters})
     for run, (kind, group) in enumerate(groupby(config.layer_kinds)):
+        of_run = {name: tree.get(f"runs_{run}", {}) for name, tree in collections.items()}
         for i, _ in enumerate(group):
-            layers.append(jax.tree.map(lambda leaf, i=i: leaf[i], params[f"runs_{run}"]))
+            layers.append(jax.tree.map(lambda leaf, i=i: leaf[i], of_run))
             of_layer = jax.tree.map(lambda leaf, i=moe_layer: leaf[i], router_state) if kind == "moe" else {}
             states.append(of_layer)
             moe_layer += kind == "moe"
@@ -82,6 +88,7 @@ def cached_forward(
     segment_ids: Array,
     positions: Array,
     caches: tuple[Cache, ...],
+    adapters: AdapterConfig | None = None,
 ) -> tuple[Array, tuple[Cache, ...]]:
     """The transformer on new tokens and their positions [B, Q] -> hidden [B, Q, d] after the final norm, and caches."""
     x = jnp.take(weights.embedding, tokens, axis=0).astype(config.compute_dtype)
@@ -91,8 +98,8 @@ def cached_forward(
     for kind, window, layer, state, cache in zip(
         config.layer_kinds, windows, weights.layers, weights.router_states, caches, strict=True
     ):
-        block = Block(config, kind)
-        x, (_, cache) = block.apply({"params": layer}, x, PerLayer(state, None, window or None), shared, cache)
+        block = Block(config, kind, adapters)
+        x, (*_, cache) = block.apply(layer, x, PerLayer(state, None, window or None), shared, cache)
         written.append(cache)
     return apply_norm(config, weights, x), tuple(written)
 
@@ -123,9 +130,10 @@ def sample(logits: Array, sampling: Sampling, key: Array) -> Array:
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
 
 
-@partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames=("caches",))
+@partial(jax.jit, static_argnames=("config", "adapters", "sampling"), donate_argnames=("caches",))
 def advance(
     config: ModelConfig,
+    adapters: AdapterConfig | None,
     sampling: Sampling,
     weights: Weights,
     tokens: Array,
@@ -137,7 +145,7 @@ def advance(
     """Feeds tokens [B, Q], of which `lengths` [B] are real, at positions from `start` [B] on; the next token [B]."""
     offsets = jnp.arange(tokens.shape[1])[None]
     segment_ids = (offsets < lengths[:, None]).astype(jnp.int32)
-    hidden, caches = cached_forward(config, weights, tokens, segment_ids, start[:, None] + offsets, caches)
+    hidden, caches = cached_forward(config, weights, tokens, segment_ids, start[:, None] + offsets, caches, adapters)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     logits = jnp.dot(last, weights.head.astype(last.dtype), preferred_element_type=jnp.float32)
     return sample(logits, sampling, key), caches
@@ -156,7 +164,12 @@ class Generator:
             causal = getattr(make_router(moe), "causal", True)
             require(causal, "model.moe.router", moe.router, "a causal router, for generation")
             require(moe.policy == "dropless", "model.moe.policy", moe.policy, "dropless, for generation")
-        self.weights = unstacked(model.config, model.params, model.router_state)
+        self.adapters: AdapterConfig | None = getattr(model, "adapter_config", None)
+        if self.adapters is not None and (experts := self.adapters.experts) is not None:
+            causal = getattr(make_router(experts.as_moe), "causal", True)
+            require(causal, "experts.router", experts.router, "a causal router, for generation")
+            require(experts.policy == "dropless", "experts.policy", experts.policy, "dropless, for generation")
+        self.weights = unstacked(model.config, model.params, model.router_state, getattr(model, "adapters", None))
 
     def __call__(
         self,
@@ -197,7 +210,7 @@ class Generator:
         caches = empty_caches(self.config, len(prompts), max(padded_length(lengths.max() + steps), padded.shape[1]))
         key, zeros = jax.random.key(seed), np.zeros_like(lengths)
         ended = np.zeros(len(prompts), bool)
-        step = partial(advance, self.config, sampling, self.weights)
+        step = partial(advance, self.config, self.adapters, sampling, self.weights)
         tokens, caches = step(padded, lengths, zeros, caches, jax.random.fold_in(key, 0))
         for i in range(1, steps + 1):
             new = np.asarray(tokens)

@@ -15,6 +15,9 @@ from jax import Array
 from kernels.grouped_ffn import is_gated
 from moe.config import MoEConfig, require
 from moe.dispatch import ExpertParams, dispatch, make_dispatcher
+from moe.lora.config import FEED_FORWARD, AdapterConfig
+from moe.lora.dense import Adaptation, Context
+from moe.lora.feed_forward import adapted_feed_forward
 from moe.losses import RoutingStats, routing_stats
 from moe.policies import make_policy
 from moe.routing import Router, drop_padding, make_router
@@ -33,24 +36,30 @@ def swiglu(
 
 
 class DenseFFN(nn.Module):
-    """SwiGLU feed-forward of width `ffn_dim`; [..., d] -> [..., d] in the input's dtype."""
+    """SwiGLU feed-forward of width `ffn_dim`; [..., d] -> [..., d] in the input's dtype, adapted where `adapters` says,
+    and the statistics of their routers by site."""
 
     ffn_dim: int
     init_std: float
     out_std: float
     bias: bool = False
+    adapters: AdapterConfig | None = None
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, context: Context | None = None) -> tuple[Array, dict[str, RoutingStats]]:
         d = x.shape[-1]
         gate_up = self.param("gate_up", nn.initializers.truncated_normal(self.init_std), (d, 2 * self.ffn_dim))
         down = self.param("down", nn.initializers.truncated_normal(self.out_std), (self.ffn_dim, d))
-        if not self.bias:
-            return swiglu(x, gate_up.astype(x.dtype), down.astype(x.dtype))
-        gate_up_bias = self.param("gate_up_bias", nn.initializers.zeros, (2 * self.ffn_dim,))
-        down_bias = self.param("down_bias", nn.initializers.zeros, (d,))
-        biases = gate_up_bias.astype(x.dtype), down_bias.astype(x.dtype)
-        return swiglu(x, gate_up.astype(x.dtype), down.astype(x.dtype), *biases)
+        weights = gate_up.astype(x.dtype), down.astype(x.dtype)
+        biases = ()
+        if self.bias:
+            gate_up_bias = self.param("gate_up_bias", nn.initializers.zeros, (2 * self.ffn_dim,))
+            down_bias = self.param("down_bias", nn.initializers.zeros, (d,))
+            biases = gate_up_bias.astype(x.dtype), down_bias.astype(x.dtype)
+        adapt = Adaptation(self.adapters, context)
+        if not any(adapt.has(target) for target in FEED_FORWARD):
+            return swiglu(x, *weights, *biases), {}
+        return adapted_feed_forward(adapt, x, *weights, *biases), adapt.stats
 
 
 class Experts(nn.Module):
@@ -85,7 +94,7 @@ class SharedExpert(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        out = DenseFFN(self.config.shared_dim, self.init_std, self.out_std, name="ffn")(x)
+        out, _ = DenseFFN(self.config.shared_dim, self.init_std, self.out_std, name="ffn")(x)
         if not self.config.shared_gate:
             return out
         gate = self.param("gate", nn.initializers.truncated_normal(self.init_std), (x.shape[-1], 1))

@@ -37,7 +37,7 @@ class RoutingStats:
       prob_sums: [B, E] float32, sum of `probs` over valid tokens; carries the balance gradient.
       tokens: [B] float32, valid tokens.
       z_sums: [B] float32, sum over valid tokens of logsumexp(logits)^2 (ST-MoE 2202.08906, Eq. 5).
-      entropy_sums: [B] float32, sum over valid tokens of the entropy of `probs`, in nats.
+      entropy_sums: [B] float32, sum over valid tokens of the entropy of `probs`, in nats; carries its gradient.
       top_score_sums: [B] float32, sum over valid tokens of the chosen probabilities' sum.
       dropped: [B] float32, assignments of valid tokens that a token policy dropped.
       router_losses: the router's own terms, sums over tokens.
@@ -76,9 +76,8 @@ def routing_stats(
     indices = per_sequence(routing.indices)
     probs, num_experts = per_sequence(routing.probs), routing.probs.shape[-1]
     z = jax.nn.logsumexp(per_sequence(routing.logits), axis=-1)
-    frozen = jax.lax.stop_gradient(probs)
-    entropy = -jnp.sum(frozen * jnp.log(jnp.maximum(frozen, 1e-30)), axis=-1)
-    chosen = jnp.sum(jnp.take_along_axis(frozen, indices, axis=-1) * valid, axis=-1)
+    entropy = -jnp.sum(probs * jnp.log(jnp.maximum(probs, 1e-30)), axis=-1)
+    chosen = jnp.sum(jnp.take_along_axis(jax.lax.stop_gradient(probs), indices, axis=-1) * valid, axis=-1)
     counts = balance_counts = jax.lax.stop_gradient(expert_counts(indices, valid, num_experts))
     if routing.balance_indices is not None:
         balance_counts = expert_counts(per_sequence(routing.balance_indices), token_valid[..., None], num_experts)

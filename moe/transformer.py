@@ -23,6 +23,8 @@ from kernels.attention import attention
 from kernels.cached_attention import cached_attention, write_cache
 from moe.config import LayerKind, ModelConfig
 from moe.layer import DenseFFN, MoELayer
+from moe.lora.config import AdapterConfig
+from moe.lora.dense import COLLECTION, Adaptation, Context
 from moe.losses import RoutingStats
 from moe.rope import apply_rope, rope_tables, yarn_scale
 from moe.routing import make_router
@@ -30,11 +32,13 @@ from parallel.mesh import AXES, on_shards
 
 
 class TransformerOutput(NamedTuple):
-    """hidden [B, S, d] after the final norm, head [V, d] (the embedding when tied), stats stacked over MoE layers."""
+    """hidden [B, S, d] after the final norm, head [V, d] (the embedding when tied), stats stacked over MoE layers; those
+    of the adapters' routers by site, stacked over the layers that have it."""
 
     hidden: Array
     head: Array
     stats: RoutingStats | None
+    adapter_stats: dict[str, RoutingStats]
 
 
 def _inverse_rms(x: Array, eps: float) -> Array:
@@ -102,14 +106,23 @@ def attend(q: Array, k: Array, v: Array, where: Where, **options: Any) -> Array:
 
 
 def projection(
-    module: nn.Module, name: str, x: Array, outputs: tuple[int, ...], std: float, *, inputs: int = 1, bias: bool = False
+    module: nn.Module,
+    name: str,
+    x: Array,
+    outputs: tuple[int, ...],
+    std: float,
+    *,
+    adapt: Adaptation,
+    inputs: int = 1,
+    bias: bool = False,
 ) -> Array:
-    """x contracted over its last `inputs` axes with `w{name}` [*inputs, *outputs], plus `b{name}` [*outputs]; the
-    parameters are `module`'s. One product of two matrices."""
+    """x contracted over its last `inputs` axes with `w{name}` [*inputs, *outputs], adapted, plus `b{name}` [*outputs];
+    the parameters are `module`'s. One product of two matrices."""
     shape = x.shape[x.ndim - inputs :]
     weight = module.param(f"w{name}", nn.initializers.truncated_normal(std), (*shape, *outputs))
     flat = x.reshape(*x.shape[: x.ndim - inputs], -1)
-    out = (flat @ weight.reshape(flat.shape[-1], -1).astype(x.dtype)).reshape(*flat.shape[:-1], *outputs)
+    matrix = weight.reshape(flat.shape[-1], -1).astype(x.dtype)
+    out = adapt(name, flat, flat @ matrix, matrix).reshape(*flat.shape[:-1], *outputs)
     if not bias:
         return out
     b = module.param(f"b{name}", nn.initializers.zeros, outputs)
@@ -124,14 +137,17 @@ class Attention(nn.Module):
     """
 
     config: ModelConfig
+    adapters: AdapterConfig | None = None
 
     @nn.compact
-    def __call__(self, x: Array, where: Where, cache: Cache | None) -> tuple[Array, Cache | None]:
-        cfg = self.config
+    def __call__(
+        self, x: Array, where: Where, cache: Cache | None, context: Context | None = None
+    ) -> tuple[Array, Cache | None, dict[str, RoutingStats]]:
+        cfg, adapt = self.config, Adaptation(self.adapters, context)
         bias, out_bias, std = cfg.attention_bias != "none", cfg.attention_bias == "all", cfg.init_std
-        q = projection(self, "q", x, (cfg.num_heads, cfg.head_dim), std, bias=bias)
-        k = projection(self, "k", x, (cfg.num_kv_heads, cfg.head_dim), std, bias=bias)
-        v = projection(self, "v", x, (cfg.num_kv_heads, cfg.head_dim), std, bias=bias)
+        q = projection(self, "q", x, (cfg.num_heads, cfg.head_dim), std, adapt=adapt, bias=bias)
+        k = projection(self, "k", x, (cfg.num_kv_heads, cfg.head_dim), std, adapt=adapt, bias=bias)
+        v = projection(self, "v", x, (cfg.num_kv_heads, cfg.head_dim), std, adapt=adapt, bias=bias)
         if cfg.qk_norm != "none":
             q, k = self.normed("q_norm", q), self.normed("k_norm", k)
         if cfg.clip_qkv:
@@ -144,8 +160,8 @@ class Attention(nn.Module):
             keys, values = (write_cache(old, new, where.positions) for old, new in zip(cache, (k, v), strict=True))
             mixed = cached_attention(q, keys, values, where.positions, window=where.window, sinks=sinks)
             cache = keys, values
-        out = projection(self, "o", mixed, (x.shape[-1],), residual_std(cfg), inputs=2, bias=out_bias)
-        return out, cache
+        out = projection(self, "o", mixed, (x.shape[-1],), residual_std(cfg), adapt=adapt, inputs=2, bias=out_bias)
+        return out, cache, adapt.stats
 
     def normed(self, name: str, x: Array) -> Array:
         """RMSNorm of x [B, S, H, D] over each head, or over the width of all heads (OLMoE)."""
@@ -163,21 +179,24 @@ class LatentAttention(nn.Module):
     """
 
     config: ModelConfig
+    adapters: AdapterConfig | None = None
 
     @nn.compact
-    def __call__(self, x: Array, where: Where, cache: Cache | None) -> tuple[Array, Cache | None]:
-        cfg, latent = self.config, self.config.latent
+    def __call__(
+        self, x: Array, where: Where, cache: Cache | None, context: Context | None = None
+    ) -> tuple[Array, Cache | None, dict[str, RoutingStats]]:
+        cfg, latent, adapt = self.config, self.config.latent, Adaptation(self.adapters, context)
         assert latent is not None
         std, bias, heads = cfg.init_std, cfg.attention_bias == "all", cfg.num_heads
         # The released code gives these two norms their class's epsilon, whatever the model's.
         norm = partial(RMSNorm, 1e-6)
         if latent.q_rank:
-            q = norm(name="q_norm")(projection(self, "q_down", x, (latent.q_rank,), std, bias=bias))
-            q = projection(self, "q_up", q, (heads, cfg.head_dim), std)
+            q = norm(name="q_norm")(projection(self, "q_down", x, (latent.q_rank,), std, adapt=adapt, bias=bias))
+            q = projection(self, "q_up", q, (heads, cfg.head_dim), std, adapt=adapt)
         else:
-            q = projection(self, "q", x, (heads, cfg.head_dim), std)
+            q = projection(self, "q", x, (heads, cfg.head_dim), std, adapt=adapt)
         q_nope, q_rope = jnp.split(q, [latent.nope_dim], axis=-1)
-        down = projection(self, "kv_down", x, (latent.kv_rank + latent.rope_dim,), std, bias=bias)
+        down = projection(self, "kv_down", x, (latent.kv_rank + latent.rope_dim,), std, adapt=adapt, bias=bias)
         c, k_rope = jnp.split(down, [latent.kv_rank], axis=-1)
         c, k_rope = norm(name="kv_norm")(c)[:, :, None], apply_rope(k_rope[:, :, None], *where.rope)
         q_rope = apply_rope(q_rope, *where.rope)
@@ -198,8 +217,8 @@ class LatentAttention(nn.Module):
             values = keys[..., : latent.kv_rank]
             mixed = cached_attention(q, keys, values, where.positions, window=where.window, scale=scale)
             mixed, cache = jnp.einsum("bshr,rhv->bshv", mixed, v_up), (keys,)
-        out = projection(self, "o", mixed, (x.shape[-1],), residual_std(cfg), inputs=2, bias=bias)
-        return out, cache
+        out = projection(self, "o", mixed, (x.shape[-1],), residual_std(cfg), adapt=adapt, inputs=2, bias=bias)
+        return out, cache, adapt.stats
 
 
 def residual_std(cfg: ModelConfig) -> float:
@@ -216,12 +235,14 @@ class PerLayer(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What all layers see: tokens, segment_ids and positions [B, S], rotations [B, S, 1, D]."""
+    """What all layers see: tokens, segment_ids and positions [B, S], rotations [B, S, 1, D], labels [B] or None (see
+    `moe.lora.dense.Context`)."""
 
     tokens: Array
     segment_ids: Array
     positions: Array
     rope: tuple[Array, Array]
+    labels: Array | None = None
 
 
 class Block(nn.Module):
@@ -229,23 +250,29 @@ class Block(nn.Module):
 
     config: ModelConfig
     kind: LayerKind
+    adapters: AdapterConfig | None = None
 
     @nn.compact
     def __call__(
         self, x: Array, layer: PerLayer, shared: Shared, cache: Cache | None = None
-    ) -> tuple[Array, tuple[RoutingStats | None, Cache | None]]:
+    ) -> tuple[Array, tuple[RoutingStats | None, dict[str, RoutingStats], Cache | None]]:
+        """-> (x, (statistics of a MoE layer, those of the adapters' routers by site, the cache))."""
         cfg = self.config
         where = Where(shared.segment_ids, shared.positions, shared.rope, layer.window)
-        mixer = Attention if cfg.latent is None else LatentAttention
-        mixed, cache = mixer(cfg, name="attention")(RMSNorm(cfg.norm_eps, name="attention_norm")(x), where, cache)
+        context = None
+        if self.adapters is not None:
+            context = Context(shared.segment_ids > 0, shared.tokens, shared.labels, layer.key)
+        mixer = (Attention if cfg.latent is None else LatentAttention)(cfg, self.adapters, name="attention")
+        mixed, cache, adapted = mixer(RMSNorm(cfg.norm_eps, name="attention_norm")(x), where, cache, context)
         x = x + mixed
         normed = RMSNorm(cfg.norm_eps, name="ffn_norm")(x)
         if self.kind == "dense" or cfg.moe is None:
-            ffn = DenseFFN(cfg.ffn_dim, cfg.init_std, residual_std(cfg), cfg.ffn_bias, name="ffn")
-            return x + ffn(normed), (None, cache)
+            ffn = DenseFFN(cfg.ffn_dim, cfg.init_std, residual_std(cfg), cfg.ffn_bias, self.adapters, name="ffn")
+            out, of_ffn = ffn(normed, context)
+            return x + out, (None, adapted | of_ffn, cache)
         moe = MoELayer(cfg.moe, cfg.init_std, residual_std(cfg), name="moe")
         out, stats = moe(normed, shared.segment_ids > 0, shared.tokens, layer.router_state, layer.key)
-        return x + out, (stats, cache)
+        return x + out, (stats, adapted, cache)
 
 
 def rematerialised(block: type[Block], policy: str) -> Any:
@@ -271,48 +298,63 @@ def init_router_state(config: ModelConfig) -> Any:
 
 
 class Transformer(nn.Module):
+    """The model; with `adapters`, their parameters are the collection `adapters` beside `params` (`moe.lora`)."""
+
     config: ModelConfig
+    adapters: AdapterConfig | None = None
 
     @nn.compact
     def __call__(
-        self, tokens: Array, segment_ids: Array, positions: Array, router_state: Any, key: Array | None
+        self,
+        tokens: Array,
+        segment_ids: Array,
+        positions: Array,
+        router_state: Any,
+        key: Array | None,
+        labels: Array | None = None,
     ) -> TransformerOutput:
         """tokens, segment_ids (0 is padding), positions [B, S] int32; router_state stacked over MoE layers; one key, or
-        None at evaluation."""
+        None at evaluation; labels [B] int or None: the adapters' expert for each sequence, in place of their routers'
+        choice."""
         cfg = self.config
         dtype = jnp.dtype(cfg.compute_dtype)
         embedding = self.param("embedding", nn.initializers.normal(cfg.init_std), (cfg.vocab_size, cfg.hidden))
         x = jnp.take(embedding, tokens, axis=0).astype(dtype)
-        shared = Shared(tokens, segment_ids, positions, rotations(cfg, positions))
+        shared = Shared(tokens, segment_ids, positions, rotations(cfg, positions), labels)
         windows = jnp.array(cfg.windows, jnp.int32) if cfg.windows else None
         keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(cfg.num_layers))
 
         stats, layer, moe_layer = [], 0, 0
+        adapter_stats: dict[str, list[RoutingStats]] = {}
         for run, (kind, group) in enumerate(groupby(cfg.layer_kinds)):
             length = len(list(group))
             state = jax.tree.map(lambda leaf: leaf[moe_layer : moe_layer + length], router_state)  # noqa: B023
             blocks = nn.scan(
                 rematerialised(Block, cfg.remat),
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
+                variable_axes={"params": 0, COLLECTION: 0},
+                split_rngs={"params": True, COLLECTION: True},
                 in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=length,
                 unroll=cfg.unroll or length,
-            )(cfg, kind, name=f"runs_{run}")
+            )(cfg, kind, self.adapters, name=f"runs_{run}")
             of_run = slice(layer, layer + length)
             layer_keys, layer_windows = (None if values is None else values[of_run] for values in (keys, windows))
-            x, (out, _) = blocks(x, PerLayer(state if kind == "moe" else {}, layer_keys, layer_windows), shared)
+            x, (out, adapted, _) = blocks(x, PerLayer(state if kind == "moe" else {}, layer_keys, layer_windows), shared)
             layer += length
             if kind == "moe":
                 moe_layer += length
                 stats.append(out)
-        stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *stats) if stats else None
+            for site, of_run in adapted.items():
+                adapter_stats.setdefault(site, []).append(of_run)
+        joined = lambda parts: jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)  # noqa: E731
+        stacked = joined(stats) if stats else None
+        of_sites = {site: joined(parts) for site, parts in adapter_stats.items()}
 
         hidden = RMSNorm(cfg.norm_eps, name="final_norm")(x)
         if cfg.tie_embeddings:
-            return TransformerOutput(hidden, embedding, stacked)
+            return TransformerOutput(hidden, embedding, stacked, of_sites)
         head = self.param("head", nn.initializers.normal(cfg.init_std), (cfg.vocab_size, cfg.hidden))
-        return TransformerOutput(hidden, head, stacked)
+        return TransformerOutput(hidden, head, stacked, of_sites)
 
 
 def init_params(config: ModelConfig, key: Array) -> Any:

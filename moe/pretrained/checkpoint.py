@@ -157,8 +157,12 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 def read_json(folder: Path) -> dict[str, Any]:
     """config.json of a folder. ValueError if there is none, or it is no object."""
     require(folder.is_dir(), "model", str(folder), f"{SMOLLM2}, or a folder with config.json and safetensors")
-    path = folder / "config.json"
-    require(path.is_file(), "config.json", str(path), "an existing file")
+    return read_object(folder / "config.json")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. ValueError if there is no such file, or it is no object."""
+    require(path.is_file(), path.name, str(path), "an existing file")
     try:
         raw = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:

@@ -1,0 +1,1 @@
+"""Low-rank adapters of a frozen model, alone or as experts that a router mixes."""
