@@ -80,7 +80,7 @@ def model() -> Model:
 def routers() -> Any:
     """Random routers that decide 0, 1 and 2 each on some prompts."""
     shapes = jax.eval_shape(lambda key: init_routers(DEPTH, 16, 3, key), jax.random.key(0))
-    return random_like(shapes, 1, 1.5)
+    return random_like(shapes, 0, 1.5)
 
 
 @pytest.fixture
