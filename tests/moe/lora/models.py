@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe.config import ModelConfig
 from moe.lora.adapters import init_adapters
@@ -19,7 +20,7 @@ CONFIG = ModelConfig(
 LENGTH = 12
 
 
-def base(config: ModelConfig = CONFIG, std: float = 0.2) -> Any:
+def base(config: ModelConfig = CONFIG, std: float = 0.1) -> Any:
     """Parameters large enough for every part to matter."""
     return jax.tree.map(lambda leaf: leaf * std / 0.02, init_params(config, jax.random.key(0)))
 
@@ -62,3 +63,10 @@ def run(
 def logits(*args: Any, **more: Any) -> jax.Array:
     out = run(*args, **more)
     return out.hidden @ out.head.T
+
+
+def assert_close(found: Any, wanted: Any, share: float = 1e-4) -> None:
+    """Within a share of the largest magnitude, leaf by leaf."""
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted)):
+        np.testing.assert_allclose(one, other, rtol=0, atol=share * float(jnp.max(jnp.abs(other))) + 1e-30)

@@ -20,9 +20,10 @@ from moe.lora.feed_forward import mix_lora_feed_forward
 from moe.lora.losses import balance, mixlora_balance, proximal_loss, routing_specialization_loss
 from moe.losses import RoutingStats, routing_stats
 from moe.routing import token_choice, top_k_indices
-from tests.moe.lora.models import CONFIG, base, logits, run, trained
+from tests.moe.lora.models import CONFIG, assert_close, base, logits, run, trained
 
 T, D, F, E, K, R = 24, 16, 20, 4, 2, 3
+T_FREE = 256  # tokens whose logits are free
 
 
 def arrays(seed: int = 0, experts: int = E) -> tuple[jax.Array, jax.Array, jax.Array, dict[str, LoRA]]:
@@ -145,7 +146,7 @@ def test_one_expert_is_lora(name: str, dora: bool):
     config = getattr(presets, name)(4, 8.0, num_experts=1, dora=dora, **({"top_k": 1} if name in ("mixlora", "mola") else {}))
     tree = trained(config, params)
     single = replace(config, experts=None)
-    np.testing.assert_allclose(logits(params, config, tree), logits(params, single, plain(tree)), atol=1e-4)
+    assert_close(logits(params, config, tree), logits(params, single, plain(tree)))
 
 
 @pytest.mark.parametrize("name", ["mixlora", "mixdora", "mola", "lora_mixer", "loramoe"])
@@ -153,7 +154,7 @@ def test_equal_experts_are_one_adapter_whatever_the_router(name: str):
     params, config = base(), getattr(presets, name)(4, 8.0)
     tree = with_equal_experts(trained(config, params))
     single = replace(config, experts=None)
-    np.testing.assert_allclose(logits(params, config, tree), logits(params, single, plain(tree)), atol=2e-4)
+    assert_close(logits(params, config, tree), logits(params, single, plain(tree)))
 
 
 @pytest.mark.parametrize("name", ["mixlora", "mola", "lora_mixer", "hydralora"])
@@ -164,7 +165,7 @@ def test_a_label_is_that_expert(name: str):
     found = logits(params, config, tree, labels=labels)
     for row, label in enumerate((2, 0)):
         alone = logits(params, replace(config, experts=None), plain(tree, label))
-        np.testing.assert_allclose(found[row], alone[row], atol=1e-4)
+        assert_close(found[row], alone[row])
 
 
 def test_a_label_leaves_other_experts_alone():
@@ -185,7 +186,7 @@ def test_all_experts_softly_are_all_of_them_chosen():
     tree = trained(soft, params)
     assert soft.experts is not None
     unnormalised = replace(soft, experts=replace(soft.experts, router="softmax_topk(renormalize=False)"))
-    np.testing.assert_allclose(logits(params, soft, tree), logits(params, unnormalised, tree), atol=1e-4)
+    assert_close(logits(params, soft, tree), logits(params, unnormalised, tree))
 
 
 def test_top_p_is_the_kept_probability_of_the_frozen_model():
@@ -245,13 +246,14 @@ def test_printed_sign_ends_uniform_and_claimed_sign_special():
     """On free logits: the printed loss makes every token's choice uniform, the other one peaked and balanced."""
     ends = {}
     for sign in ("as_printed", "as_claimed"):
-        fn = jax.jit(jax.grad(lambda x, sign=sign: routing_specialization_loss({"a": stats(x)}, 5.0, 0.1, top_k=1, sign=sign)))
-        logits = jax.random.normal(jax.random.key(1), (256, 5))
-        for _ in range(400):
-            logits = logits - 100.0 * fn(logits)
-        ends[sign] = float(stats(logits).entropy_sums.sum() / 256)
-    assert ends["as_printed"] > 0.95 * math.log(5)
-    assert ends["as_claimed"] < 0.3 * math.log(5)
+        fn = jax.grad(lambda x, sign=sign: routing_specialization_loss({"a": stats(x)}, 0.2, 0.1, top_k=1, sign=sign))
+        step = lambda _, x, fn=fn: x - T_FREE * fn(x)  # noqa: E731
+        first = jax.random.normal(jax.random.key(1), (T_FREE, 5))
+        ends[sign] = stats(jax.jit(lambda x, step=step: jax.lax.fori_loop(0, 2000, step, x))(first))
+    entropy = {sign: float(end.entropy_sums.sum() / T_FREE) for sign, end in ends.items()}
+    assert entropy["as_printed"] > 0.98 * math.log(5)
+    assert entropy["as_claimed"] < 0.1 * math.log(5)
+    np.testing.assert_allclose(ends["as_claimed"].prob_sums[0, 0] / T_FREE, 0.2, atol=0.03)
 
 
 def test_released_balance_is_k_when_uniform_and_cancels_over_layers():
@@ -293,9 +295,9 @@ def test_proximal_loss():
         (lambda: presets.mixlora(targets=("q", "v")), "experts.targets = ['gate', 'up', 'down']: expected some of"),
         (lambda: matched_modules(CONFIG, AdapterConfig(targets=("q", "x_proj"))), "adapters.targets = 'x_proj'"),
         (lambda: matched_modules(CONFIG, AdapterConfig(rank=17)), "adapters.rank = 17: expected at most min(in, out) = 16 of 'k'"),
-        (lambda: matched_modules(CONFIG, presets.mixlora(4, 8.0, experts=ExpertsConfig(router="nobody"))), "nobody"),
+        (lambda: matched_modules(CONFIG, AdapterConfig(4, experts=ExpertsConfig(router="nobody"))), "nobody"),
         (lambda: matched_modules(CONFIG, AdapterConfig(4, experts=ExpertsConfig(router="loss_free"))), "keeps no state"),
-        (lambda: matched_modules(CONFIG, AdapterConfig(4, experts=ExpertsConfig(router="top_p(p=1.5)"))), "top_p"),
+        (lambda: matched_modules(CONFIG, AdapterConfig(4, experts=ExpertsConfig(router="top_p(p=1.5)"))), "router p = 1.5: expected"),
         (lambda: proximal_loss({"a": jnp.ones(2)}, None), "anchor = None"),
         (lambda: routing_specialization_loss({"a": stats(jnp.zeros((2, 2)))}, -1.0, 0.1, top_k=1), "balance_weight = -1.0"),
         (lambda: routing_specialization_loss({"a": stats(jnp.zeros((2, 2)))}, 1.0, -0.1, top_k=1), "entropy_weight = -0.1"),
