@@ -12,12 +12,12 @@ import pytest
 from moe.config import ModelConfig, MoEConfig
 from moe.depth.router import DepthConfig, init_routers
 from moe.pretrained.ours import abstract_model
-from moe.transformer import Block, PerLayer, Shared, init_router_state, rms_norm, rotations
+from moe.transformer import Block, PerLayer, Shared, rms_norm, rotations
 
 DENSE = ModelConfig(
     vocab_size=37, hidden=16, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=8, ffn_dim=20, moe=None, init_std=0.3
 )
-MOE = MoEConfig(num_experts=4, top_k=2, expert_dim=12, dispatcher="einsum")
+MOE = MoEConfig(num_experts=4, top_k=2, expert_dim=12, dispatcher="einsum", router="loss_free")
 CONFIGS = {
     "dense": DENSE,
     "moe_mixed_windows": ModelConfig(**(vars(DENSE) | {"moe": MOE, "dense_layers": (1,), "windows": (4, 0, 3)})),
@@ -68,7 +68,8 @@ def random_like(shapes: Any, seed: int, scale: float) -> Any:
 @pytest.fixture(params=CONFIGS)
 def any_model(request) -> Model:
     config = CONFIGS[request.param]
-    return Model(config, random_like(abstract_model(config)[0], 0, 0.4), init_router_state(config))
+    params, router_state = abstract_model(config)
+    return Model(config, random_like(params, 0, 0.4), random_like(router_state, 1, 1.0))
 
 
 @pytest.fixture
