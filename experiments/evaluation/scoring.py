@@ -69,10 +69,14 @@ class Scorer:
         self.config, self.params, self.router_state, self.batch_size = config, params, router_state, batch_size
         self.head = params["embedding"] if config.tie_embeddings else params["head"]
 
+    def hidden(self, tokens: np.ndarray, segment_ids: np.ndarray, positions: np.ndarray) -> Array:
+        """[B * S, d]"""
+        return _hidden(self.config, self.params, self.router_state, tokens, segment_ids, positions)
+
     def nll(self, tokens: np.ndarray, segment_ids: np.ndarray, positions: np.ndarray, where: np.ndarray,
             targets: np.ndarray) -> np.ndarray:
         """nats [R], float64, of targets [R] at the flat positions where [R] of one pass [B, S]."""
-        hidden = _hidden(self.config, self.params, self.router_state, tokens, segment_ids, positions)
+        hidden = self.hidden(tokens, segment_ids, positions)
         size = max(32, 1 << (len(where) - 1).bit_length())
         padded = (np.pad(x, (0, size - len(x))).astype(np.int32) for x in (where, targets))
         return np.asarray(_nll(hidden, self.head, *padded))[: len(where)].astype(np.float64)

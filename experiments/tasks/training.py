@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,12 +32,12 @@ class Batch(NamedTuple):
       task: [B] int32, which task of the mixture.
     """
 
-    tokens: np.ndarray
-    segment_ids: np.ndarray
-    where: np.ndarray
-    targets: np.ndarray
-    weights: np.ndarray
-    task: np.ndarray
+    tokens: Any
+    segment_ids: Any
+    where: Any
+    targets: Any
+    weights: Any
+    task: Any
 
     def rows(self, rows: slice | np.ndarray) -> Batch:
         return Batch(*(leaf[rows] for leaf in self))
@@ -80,12 +80,17 @@ def tokenized(name: str, examples: Sequence[Example], words: Words, longest: int
     return Tokenized(name, tuple(rows), len(examples) - len(rows))
 
 
-def _row(example: Example, words: Words) -> Row:
-    prompt, continuations = words.encode(example.prompt), example.options or (example.target,)
+def option_rows(example: Example, words: Words) -> list[Row]:
+    """The prompt with each option, or with the answer written, as they are scored: without an end."""
+    continuations = example.options or (example.target,)
     wholes = [words.continued(f"{example.prompt} {text}", False) for text in continuations]
-    requests = option_requests(prompt, wholes, None)
-    right = requests[continuations.index(example.target)]
-    return Row((*right.inputs, right.targets[-1], *words.eos[:1]), right.where[0] + 1)
+    requests = option_requests(words.encode(example.prompt), wholes, None)
+    return [Row((*request.inputs, request.targets[-1]), request.where[0] + 1) for request in requests]
+
+
+def _row(example: Example, words: Words) -> Row:
+    right = option_rows(example, words)[example.answer if isinstance(example.answer, int) else 0]
+    return Row((*right.tokens, *words.eos[:1]), right.answer)
 
 
 def mixture(tasks: Sequence[Tokenized], seed: int, step: int, batch_size: int) -> Batch:
