@@ -32,8 +32,8 @@ from parallel.mesh import AXES, on_shards
 
 
 class TransformerOutput(NamedTuple):
-    """hidden [B, S, d] after the final norm, head [V, d] (the embedding when tied), stats stacked over MoE layers; those
-    of the adapters' routers by site, stacked over the layers that have it."""
+    """hidden [B, S, d] after the final norm, head [V, d] (the embedding when tied), stats stacked over MoE layers;
+    adapter_stats those of the adapters' routers by site, stacked over the layers that have it."""
 
     hidden: Array
     head: Array
@@ -339,7 +339,8 @@ class Transformer(nn.Module):
             )(cfg, kind, self.adapters, name=f"runs_{run}")
             of_run = slice(layer, layer + length)
             layer_keys, layer_windows = (None if values is None else values[of_run] for values in (keys, windows))
-            x, (out, adapted, _) = blocks(x, PerLayer(state if kind == "moe" else {}, layer_keys, layer_windows), shared)
+            per_layer = PerLayer(state if kind == "moe" else {}, layer_keys, layer_windows)
+            x, (out, adapted, _) = blocks(x, per_layer, shared)
             layer += length
             if kind == "moe":
                 moe_layer += length

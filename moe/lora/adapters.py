@@ -34,8 +34,8 @@ class Adapted:
 
 
 def init_adapters(config: ModelConfig, adapters: AdapterConfig, params: Any, key: Array) -> Any:
-    """Fresh adapters of a base: B is zero, and a magnitude (DoRA) is its map's own, so nothing changes yet; the routers'
-    weights are drawn. A function of the key.
+    """Fresh adapters of a base: B is zero, and a magnitude (DoRA) is its map's own, so nothing changes yet; routers are
+    drawn. A function of the key.
 
     Raises:
       ValueError: a target that no layer has (`matched_modules`), a rank that does not fit.

@@ -1,4 +1,4 @@
-"""`MixedLoRADense`: what stands beside one frozen linear map, and `Adaptation`, those of one sublayer with their routers.
+"""`MixedLoRADense`: what stands beside one frozen linear map; `Adaptation`: those of one sublayer and their routers.
 
 Parameters are the collection `adapters`, apart from the frozen `params`: gradients and optimiser states are made of
 this collection alone, and several adapters share one base by `jax.vmap` over it.
@@ -18,8 +18,8 @@ from jax import Array
 
 from kernels.lora import mixed_lora
 from moe.config import require
-from moe.losses import RoutingStats, routing_stats
 from moe.lora.config import AdapterConfig, ExpertsConfig
+from moe.losses import RoutingStats, routing_stats
 from moe.policies import make_policy
 from moe.routing import RouterOutput, drop_padding, make_router, token_choice
 

@@ -38,7 +38,7 @@ def balance(sites: Mapping[str, RoutingStats], top_k: int, count: Count = "slots
     `count`: what an expert's share is taken of, all k slots, or the likeliest expert alone (MixLoRA's text).
     """
     require(bool(sites), "adapter_stats", {}, "a router")
-    return sum((_balance(stats, top_k, count) for stats in sites.values()), jnp.float32(0)) / len(sites)
+    return jnp.mean(jnp.stack([_balance(stats, top_k, count) for stats in sites.values()]))
 
 
 def _balance(stats: RoutingStats, top_k: int, count: Count) -> Array:
@@ -60,7 +60,7 @@ def routing_specialization_loss(
 ) -> Array:
     """LoRA-Mixer's loss: balanced over all tokens, and per token
 
-        w_b E sum_i pbar_i fbar_i - w_e mean_x H(p(x))     as_printed: the printed sign makes every token's choice uniform
+        w_b E sum_i pbar_i fbar_i - w_e mean_x H(p(x))     as_printed: this sign makes every token's choice uniform
         w_b E sum_i pbar_i fbar_i + w_e mean_x H(p(x))     as_claimed: lower entropy, the specialisation the text wants
 
     2507.00029, Eq. 5 (from third-party notes), with the factor E it lacks: at uniform routing the first term is w_b.
@@ -87,7 +87,7 @@ def proximal_loss(adapters: Any, anchor: Any) -> Array:
     same = jax.tree.structure(adapters) == jax.tree.structure(anchor)
     require(same, "anchor", str(jax.tree.structure(anchor)), f"the structure {jax.tree.structure(adapters)}")
     squares = jax.tree.map(lambda x, y: jnp.sum(jnp.square(x - y)), adapters, anchor)
-    return sum(jax.tree.leaves(squares), jnp.float32(0))
+    return jnp.sum(jnp.stack(jax.tree.leaves(squares)))
 
 
 def router_losses(sites: Mapping[str, RoutingStats]) -> Array:

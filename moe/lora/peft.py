@@ -33,7 +33,9 @@ from moe.pretrained.safetensors import SINGLE, SafetensorsFiles, TensorInfo, lis
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model.model.layers."
-TENSOR = re.compile(r"(?:base_model\.model\.)?model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+?)_proj\.(lora_\w+?)(?:\.weight)?")
+TENSOR = re.compile(
+    r"(?:base_model\.model\.)?model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+?)_proj\.(lora_\w+?)(?:\.weight)?"
+)
 LEAVES = {"lora_A": "a", "lora_B": "b", "lora_magnitude_vector": "magnitude"}
 # Fields of adapter_config.json that change what is computed, with the values under which they do not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -114,7 +116,7 @@ def _module(
 
 
 def _patterned(raw: Mapping[str, Any], module: str, pattern: str, default: str) -> float:
-    """The module's own value, of the first key that is the end of its name as a regular expression, or the common one."""
+    """The module's own value, of the first key that as a regular expression ends its name, or the common one."""
     for key, value in (raw.get(pattern) or {}).items():
         if re.match(rf"(.*\.)?({key})$", module):
             return value
@@ -146,9 +148,11 @@ def _tree(
             target = held[leaf][place, 0]
             if leaf == "b" and module.scale != common:
                 array = array * np.float32(module.scale / common)
-            wanted = tuple(module.rank if size == adapters.rank and leaf != "magnitude" and axis == (leaf == "a") else size
-                           for axis, size in enumerate(target.shape))  # fmt: skip
-            require(array.shape == wanted, f"{WEIGHTS} {name} shape", array.T.shape, f"{wanted[::-1]}, as the base has it")
+            wanted = list(target.shape)
+            if leaf != "magnitude":
+                wanted[leaf == "a"] = module.rank
+            require(list(array.shape) == wanted, f"{WEIGHTS} {name} shape", array.T.shape,
+                    f"{tuple(wanted[::-1])}, as the base has it")  # fmt: skip
             target[tuple(slice(0, size) for size in array.shape)] = array
     if adapters.dora:  # a map without an adapter in some layer would have no magnitude
         absent = [f"layers.{i}.{t}" for i in range(number) for t in adapters.targets if (i, t) not in found]

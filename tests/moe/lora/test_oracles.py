@@ -107,10 +107,8 @@ def test_is_the_materialised_mixture_of_the_generic_layer():
 def test_a_slot_not_kept_goes_through_the_frozen_feed_forward():
     x, gate_up, down, loras = arrays()
     nobody = chosen()._replace(kept=jnp.zeros((T, K), bool))
-    frozen = jax.tree.map(jnp.zeros_like, loras)
-    np.testing.assert_allclose(
-        mix_lora_feed_forward(x, gate_up, down, loras, nobody, 2.0), naive(x, gate_up, down, frozen, chosen(), 2.0), atol=2e-5
-    )  # fmt: skip
+    frozen = naive(x, gate_up, down, jax.tree.map(jnp.zeros_like, loras), chosen(), 2.0)
+    np.testing.assert_allclose(mix_lora_feed_forward(x, gate_up, down, loras, nobody, 2.0), frozen, atol=2e-5)
 
 
 def test_equal_weights_of_all_experts_are_their_mean():
@@ -142,8 +140,8 @@ def with_equal_experts(tree):
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("name", ["mixlora", "mola", "lora_mixer", "loramoe"])
 def test_one_expert_is_lora(name: str, dora: bool):
-    params = base()
-    config = getattr(presets, name)(4, 8.0, num_experts=1, dora=dora, **({"top_k": 1} if name in ("mixlora", "mola") else {}))
+    params, chosen = base(), {"top_k": 1} if name in ("mixlora", "mola") else {}
+    config = getattr(presets, name)(4, 8.0, num_experts=1, dora=dora, **chosen)
     tree = trained(config, params)
     single = replace(config, experts=None)
     assert_close(logits(params, config, tree), logits(params, single, plain(tree)))
@@ -191,8 +189,8 @@ def test_all_experts_softly_are_all_of_them_chosen():
 
 def test_top_p_is_the_kept_probability_of_the_frozen_model():
     """As released it does not renormalise: with B = 0 the feed-forward is scaled by the kept probabilities' sum."""
-    params, config = base(replace(CONFIG, num_layers=1)), presets.mixlora_dynamic(4, 8.0, targets=("gate", "up", "down"))
     one = replace(CONFIG, num_layers=1)
+    params, config = base(one), presets.mixlora_dynamic(4, 8.0, targets=("gate", "up", "down"))
     tree = init_adapters(one, config, params, jax.random.key(0))
     out = run(params, config, tree, config=one)
     kept = out.adapter_stats["ffn"].top_score_sums / out.adapter_stats["ffn"].tokens
@@ -281,6 +279,14 @@ def test_proximal_loss():
 # --- bad input ---
 
 
+def specialised(balance_weight: float, entropy_weight: float) -> jax.Array:
+    return routing_specialization_loss({"a": stats(jnp.zeros((2, 2)))}, balance_weight, entropy_weight, top_k=1)
+
+
+def routed(router: str) -> dict[str, int]:
+    return matched_modules(CONFIG, AdapterConfig(4, experts=ExpertsConfig(router=router)))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -294,13 +300,13 @@ def test_proximal_loss():
         (lambda: ExpertsConfig(targets=("q",)), "experts.targets = ['q']: expected some of gate, up, down"),
         (lambda: presets.mixlora(targets=("q", "v")), "experts.targets = ['gate', 'up', 'down']: expected some of"),
         (lambda: matched_modules(CONFIG, AdapterConfig(targets=("q", "x_proj"))), "adapters.targets = 'x_proj'"),
-        (lambda: matched_modules(CONFIG, AdapterConfig(rank=17)), "adapters.rank = 17: expected at most min(in, out) = 16 of 'k'"),
-        (lambda: matched_modules(CONFIG, AdapterConfig(4, experts=ExpertsConfig(router="nobody"))), "nobody"),
-        (lambda: matched_modules(CONFIG, AdapterConfig(4, experts=ExpertsConfig(router="loss_free"))), "keeps no state"),
-        (lambda: matched_modules(CONFIG, AdapterConfig(4, experts=ExpertsConfig(router="top_p(p=1.5)"))), "router p = 1.5: expected"),
+        (lambda: matched_modules(CONFIG, AdapterConfig(rank=17)), "adapters.rank = 17: expected at most min(in, out)"),
+        (lambda: routed("nobody"), "nobody"),
+        (lambda: routed("loss_free"), "keeps no state"),
+        (lambda: routed("top_p(p=1.5)"), "router p = 1.5: expected"),
         (lambda: proximal_loss({"a": jnp.ones(2)}, None), "anchor = None"),
-        (lambda: routing_specialization_loss({"a": stats(jnp.zeros((2, 2)))}, -1.0, 0.1, top_k=1), "balance_weight = -1.0"),
-        (lambda: routing_specialization_loss({"a": stats(jnp.zeros((2, 2)))}, 1.0, -0.1, top_k=1), "entropy_weight = -0.1"),
+        (lambda: specialised(-1.0, 0.1), "balance_weight = -1.0"),
+        (lambda: specialised(1.0, -0.1), "entropy_weight = -0.1"),
         (lambda: routing_specialization_loss({}, 1.0, 0.1, top_k=1), "adapter_stats"),
     ],
 )  # fmt: skip
