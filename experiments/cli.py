@@ -191,6 +191,19 @@ def bench_optimizers(json: Path, rounds: int = 12) -> None:
     main(json, rounds)
 
 
+def bench_lora_experts(json: Path, rounds: int = 15) -> None:
+    """Time MixLoRA's feed-forward against its naive form and plain LoRA; the bytes of several adapters of one base.
+
+    Args:
+      json: result file.
+      rounds: interleaved rounds; medians are reported, of ratios with 95% intervals.
+    """
+    start(None)
+    from experiments.bench.lora_experts import main
+
+    main(json, rounds)
+
+
 def bench_generate(
     json: Path,
     peer_python: Path | None = None,
@@ -397,6 +410,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "bench moe-layer": bench_moe_layer,
     "bench routing-metrics": bench_routing_metrics,
     "bench optimizers": bench_optimizers,
+    "bench lora-experts": bench_lora_experts,
     "bench generate": bench_generate,
     "convert": convert,
     "logits": logits,

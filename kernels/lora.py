@@ -8,7 +8,7 @@ d in, o out, r rank, N = T K assignments.
     slot_lora_sum  out[t]    = sum_j weights[t, j] (x[t, j] A_e) B_e
 
 Two ways. `concat` multiplies by all experts at once, x [A_1 .. A_E], keeps the r columns of the chosen ones and
-multiplies by [B_1; ..; B_E]: E / K times the arithmetic, but as one product of E r columns. `blocks` and `ragged_dot`
+multiplies by [B_1; ..; B_E]: up to E times the arithmetic, but as one product of E r columns. `blocks` and `ragged_dot`
 sort assignments by expert and take each group through its own pair, in `grouped_matmul`; rows move by gathers alone,
 forward and backward. Which is faster is a matter of shapes: see `choose`. Adapters may share one A (HydraLoRA,
 arXiv 2404.19245), which then multiplies each input once.
@@ -177,17 +177,17 @@ def _in_order(
     return product(h, b.astype(h.dtype), rows.counts)
 
 
-def choose(num_experts: int, rank: int, size: int, platform: str) -> Implementation:
-    """What `auto` runs for sorted rows of `size` = N max(d, o) numbers.
+def choose(num_experts: int, rank: int, platform: str) -> Implementation:
+    """What `auto` runs: on CPU `concat` while r (E - 2) is at most 32.
 
-    On CPU `concat` while r (E - 2) is at most 32, or 96 where rows outgrow the caches. Per assignment it multiplies E r
-    columns; sorted groups multiply r, at half the rate, and move rows. Measured forward and backward by `bench
-    lora-experts` in float32 on two cores of an AMD EPYC, d and o from 64 to 5632, N from 128 to 8192: milliseconds of
-    `blocks` to those of `concat`, slots and sums, at r (E - 2) = 24: 0.9 to 2.5, at 48: 0.7 to 0.8 and 1.4 to 1.9
-    (small and large), at 96: 0.5 to 0.6 and 1.0 to 1.3, at 144: 0.5 and 0.7.
+    Per assignment it multiplies E r columns; sorted groups multiply r, at half the rate, and move rows; K, T, d and o
+    are in both. Measured forward and backward by `bench lora-experts` in float32 on two cores of an AMD EPYC, T from
+    256 to 2048 and K = 2: milliseconds of `blocks` to those of `concat` at r (E - 2) = 0 (E = 2, r = 64): 0.9 to 1.2;
+    24: 0.9 to 1.2; 32: 0.7 to 1.1; 48: 0.7 to 1.1; 96: 0.3 to 0.8; 144: 0.4 to 0.6; 480: 0.1 to 0.4. In a process
+    that has allocated little, pages of fresh buffers make `blocks` slower by half from N = 4096 on.
     """
     if platform == "cpu":
-        return "concat" if rank * (num_experts - 2) <= (32 if size <= 1 << 21 else 96) else "blocks"
+        return "concat" if rank * (num_experts - 2) <= 32 else "blocks"
     # Not measured: a tile of a GPU's product is at least 128 columns wide, so up to two of them E r costs little.
     return "concat" if num_experts * rank <= 256 else "ragged_dot"
 
@@ -195,9 +195,8 @@ def choose(num_experts: int, rank: int, size: int, platform: str) -> Implementat
 def _run(implementation: Implementation, forms: dict[str, Callable[..., Array]], x: Array, *args: Array) -> Array:
     if implementation != "auto":
         return forms[implementation](x, *args)
-    num_experts, rank, out = args[1].shape
-    size = args[2].size * max(x.shape[-1], out)
-    cpu, gpu = (choose(num_experts, rank, size, platform) for platform in ("cpu", "gpu"))
+    num_experts, rank, _ = args[1].shape
+    cpu, gpu = (choose(num_experts, rank, platform) for platform in ("cpu", "gpu"))
     if cpu == gpu:
         return forms[cpu](x, *args)
     return lax.platform_dependent(x, *args, cpu=forms[cpu], default=forms[gpu])
