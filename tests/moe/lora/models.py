@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -20,21 +20,24 @@ CONFIG = ModelConfig(
 LENGTH = 12
 
 
-def base(config: ModelConfig = CONFIG, std: float = 0.1) -> Any:
+@cache
+def base(config: ModelConfig = CONFIG, std: float = 0.05) -> Any:
     """Parameters large enough for every part to matter."""
-    return jax.tree.map(lambda leaf: leaf * std / 0.02, init_params(config, jax.random.key(0)))
+    made = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+    return jax.tree.map(lambda leaf: leaf * std / 0.02, made)
 
 
 def tokens(batch: int = 2) -> jax.Array:
     return jax.random.randint(jax.random.key(1), (batch, LENGTH), 0, CONFIG.vocab_size)
 
 
-def trained(adapters: AdapterConfig, params: Any, config: ModelConfig = CONFIG, seed: int = 3) -> Any:
-    """Random adapters of every size, magnitudes near their own."""
-    made = init_adapters(config, adapters, params, jax.random.key(seed))
+@cache
+def trained(adapters: AdapterConfig, config: ModelConfig = CONFIG, seed: int = 3) -> Any:
+    """Random adapters of every size for `base(config)`, magnitudes near their own."""
+    made = init_adapters(config, adapters, base(config), jax.random.key(seed))
     leaves, tree = jax.tree.flatten(made)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noise = [0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    noise = [0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
     return jax.tree.map(jnp.add, made, jax.tree.unflatten(tree, noise))
 
 

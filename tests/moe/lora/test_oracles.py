@@ -142,7 +142,7 @@ def with_equal_experts(tree):
 def test_one_expert_is_lora(name: str, dora: bool):
     params, chosen = base(), {"top_k": 1} if name in ("mixlora", "mola") else {}
     config = getattr(presets, name)(4, 8.0, num_experts=1, dora=dora, **chosen)
-    tree = trained(config, params)
+    tree = trained(config)
     single = replace(config, experts=None)
     assert_close(logits(params, config, tree), logits(params, single, plain(tree)))
 
@@ -150,7 +150,7 @@ def test_one_expert_is_lora(name: str, dora: bool):
 @pytest.mark.parametrize("name", ["mixlora", "mixdora", "mola", "lora_mixer", "loramoe"])
 def test_equal_experts_are_one_adapter_whatever_the_router(name: str):
     params, config = base(), getattr(presets, name)(4, 8.0)
-    tree = with_equal_experts(trained(config, params))
+    tree = with_equal_experts(trained(config))
     single = replace(config, experts=None)
     assert_close(logits(params, config, tree), logits(params, single, plain(tree)))
 
@@ -158,7 +158,7 @@ def test_equal_experts_are_one_adapter_whatever_the_router(name: str):
 @pytest.mark.parametrize("name", ["mixlora", "mola", "lora_mixer", "hydralora"])
 def test_a_label_is_that_expert(name: str):
     params, config = base(), getattr(presets, name)(4, 8.0)
-    tree = trained(config, params)
+    tree = trained(config)
     labels = jnp.array([2, 0])
     found = logits(params, config, tree, labels=labels)
     for row, label in enumerate((2, 0)):
@@ -169,7 +169,7 @@ def test_a_label_is_that_expert(name: str):
 def test_a_label_leaves_other_experts_alone():
     """Their gradients are exactly zero: an optimiser without decay leaves them bit by bit."""
     params, config = base(), presets.lora_mixer(4, 8.0)
-    tree = trained(config, params)
+    tree = trained(config)
     found = jax.grad(lambda tree: jnp.sum(run(params, config, tree, labels=jnp.array([1, 3])).hidden ** 2 * 1.7))(tree)
     for path, leaf in jax.tree_util.tree_leaves_with_path(found):
         if path[-1].key == "weight":
@@ -325,8 +325,8 @@ def test_feed_forward_that_is_a_mixture_matches_nothing():
 
 
 def test_adapters_of_another_base_or_number_of_experts():
-    config, params = presets.mixlora(4, 8.0), base()
-    tree = trained(config, params)
+    config = presets.mixlora(4, 8.0)
+    tree = trained(config)
     require_adapters(CONFIG, config, tree)
     with pytest.raises(ValueError, match=r"adapters runs_0.*shape = .*: expected"):
         require_adapters(replace(CONFIG, ffn_dim=64), config, tree)

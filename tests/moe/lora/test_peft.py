@@ -98,7 +98,7 @@ def test_patterns_written_again_compute_the_same(llama: Pretrained, tmp_path: Pa
 def test_ours_comes_back_from_a_peft_folder(tmp_path: Path):
     for name in ("lora", "rslora", "dora"):
         adapters = getattr(presets, name)(4, 6.0)
-        tree = trained(adapters, base())
+        tree = trained(adapters)
         write_peft(tmp_path / name, CONFIG, adapters, tree)
         found, again = read_peft(tmp_path / name, CONFIG)
         assert replace(found, targets=adapters.targets) == adapters
@@ -199,11 +199,11 @@ def test_bad_calls(llama: Pretrained, tmp_path: Path):
         read_peft(tmp_path / "nowhere", llama.config)
     mixture = presets.mixlora(4, 8.0)
     with pytest.raises(ValueError, match="PEFT has no mixtures"):
-        write_peft(tmp_path / "out", CONFIG, mixture, trained(mixture, base()))
+        write_peft(tmp_path / "out", CONFIG, mixture, trained(mixture))
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="adapters = \\[\\]: expected one or more"):
         stack_adapters([])
-    plain = [(config, trained(config, base())) for config in (presets.lora(4, 8.0), presets.lora(2, 8.0))]
+    plain = [(config, trained(config)) for config in (presets.lora(4, 8.0), presets.lora(2, 8.0))]
     with pytest.raises(ValueError, match=r"adapters.rank = \[2, 4\]: expected one rank, or padding"):
         stack_adapters(plain, pad=False)
     with pytest.raises(ValueError, match="adapters of one base"):
