@@ -167,7 +167,7 @@ def finetune(
         mark |= flatten(replace(config, checkpoint_every=0)) | flatten(adapters, "adapters.")
         with Checkpoints(out / "checkpoints", fingerprint=mark) as saved:
             first = jax.tree.map(jnp.copy, first)  # a step takes its buffers, which may be the caller's
-            state = AdapterState(jnp.int32(0), first, jax.jit(tx.init)(first))
+            state = AdapterState(jnp.int32(0), first, tx.init(first))
             state = jax.device_put(state, everywhere)
             if saved.latest() is not None:
                 state = saved.restore(state)

@@ -17,7 +17,8 @@ from moe.config import require
 CLAIM_COLUMNS = ("claim", "claimed", "paper", "measured", "per seed", "verdict")
 METRICS = (
     "val_ce", "test_ce", "start_test_ce", "domain_expert_mi", "max_violation", "max_violation_sequence", "top_score",
-    "flops_per_token", "state_bytes_per_parameter", "step_ms",
+    "flops_per_token", "state_bytes_per_parameter", "step_ms", "single_accuracy", "multi_accuracy", "multi_task_drop",
+    "trainable_parameters", "tasks_used",
 )  # fmt: skip
 TARGET = FOLDER.parent / "REPRODUCTIONS.md"
 HEAD = """# Reproductions
