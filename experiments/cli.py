@@ -191,7 +191,7 @@ def bench_optimizers(json: Path, rounds: int = 12) -> None:
     main(json, rounds)
 
 
-def bench_lora_experts(json: Path, rounds: int = 15) -> None:
+def bench_lora_experts(json: Path, rounds: int = 30) -> None:
     """Time MixLoRA's feed-forward against its naive form and plain LoRA; the bytes of several adapters of one base.
 
     Args:

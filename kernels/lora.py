@@ -178,16 +178,16 @@ def _in_order(
 
 
 def choose(num_experts: int, rank: int, platform: str) -> Implementation:
-    """What `auto` runs: on CPU `concat` while r (E - 2) is at most 32.
+    """What `auto` runs: on CPU `concat` while r (E - 2) is at most 24.
 
     Per assignment it multiplies E r columns; sorted groups multiply r, at half the rate, and move rows; K, T, d and o
-    are in both. Measured forward and backward by `bench lora-experts` in float32 on two cores of an AMD EPYC, T from
-    256 to 2048 and K = 2: milliseconds of `blocks` to those of `concat` at r (E - 2) = 0 (E = 2, r = 64): 0.9 to 1.2;
-    24: 0.9 to 1.2; 32: 0.7 to 1.1; 48: 0.7 to 1.1; 96: 0.3 to 0.8; 144: 0.4 to 0.6; 480: 0.1 to 0.4. In a process
-    that has allocated little, pages of fresh buffers make `blocks` slower by half from N = 4096 on.
+    are in both. Measured forward and backward by `bench lora-experts` in float32 on two busy cores of an AMD EPYC, T
+    from 256 to 2048, K = 2, d and o 576 and 1536: milliseconds of `blocks` to those of `concat` at r (E - 2) = 0 (E =
+    2, r = 64): 1.0 to 1.1; 24: 0.8 to 1.2; 32: 0.7 to 1.0; 48: 0.6 to 0.8; 96: 0.5 to 0.9; 144: 0.3 to 0.7; 480: 0.1
+    to 0.2. In a process that has allocated little, pages of fresh buffers slow `blocks` by half from N = 4096 on.
     """
     if platform == "cpu":
-        return "concat" if rank * (num_experts - 2) <= 32 else "blocks"
+        return "concat" if rank * (num_experts - 2) <= 24 else "blocks"
     # Not measured: a tile of a GPU's product is at least 128 columns wide, so up to two of them E r costs little.
     return "concat" if num_experts * rank <= 256 else "ragged_dot"
 
