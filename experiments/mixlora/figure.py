@@ -24,7 +24,8 @@ def draw(content: dict[str, Any], path: Path) -> None:
     pair_ax, drop_ax, load_ax = halves[0].subplots(1, 3, width_ratios=[1.4, 1, 0.8])
     pairs(pair_ax, arms, names)
     values = lambda key, among: [arms[name][key]["values"] for name in among]  # noqa: E731
-    dots(drop_ax, names, values("multi_task_drop", names), [colours[name] for name in names])
+    paired = [name for name in names if "multi_task_drop" in arms[name]]
+    dots(drop_ax, paired, values("multi_task_drop", paired), [colours[name] for name in paired])
     drop_ax.axvline(0.0, color="black", linewidth=1)
     drop_ax.locator_params(axis="x", nbins=5)
     drop_ax.set_xlabel("alone minus together")
@@ -42,6 +43,8 @@ def pairs(ax: Any, arms: dict[str, Any], names: list[str]) -> None:
     """Two bars for each method, every seed a dot."""
     for i, name in enumerate(names):
         for offset, key, colour in ((-0.2, "single_accuracy", ALONE), (0.2, "multi_accuracy", TOGETHER)):
+            if key not in arms[name]:
+                continue
             seeds = arms[name][key]["values"]
             ax.barh(i + offset, np.mean(seeds), height=0.36, color=colour, alpha=0.4)
             ax.plot(seeds, [i + offset] * len(seeds), "o", color=colour, markersize=5)
@@ -70,6 +73,7 @@ def by_task(part: Any, series: dict[str, Any], names: list[str]) -> None:
                 ax.annotate(name, (x, 0.02), rotation=90, fontsize=8, ha="center", va="bottom", color="grey")
         dropped = {task for name in members for run in series[name] for task in run["dropped"]}
         ax.set_xticks(range(len(tasks)), [f"{task} (dropped)" if task in dropped else task for task in tasks])
+        ax.set_xlim(-0.5, len(tasks) - 0.5)
         ax.set_ylim(0, 1.05)
         ax.set_ylabel("right answers")
         ax.set_title("by task, every seed")

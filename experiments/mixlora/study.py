@@ -51,6 +51,7 @@ class Trial:
       reference: what a task must be learnt by, alone, to be used (`passing`).
       tuning: how adapters are trained; `steps` are those of one task: T tasks together have T times as many.
       margin: by how much the reference, or the base, must beat the commonest answer.
+      alone: adapters of single tasks too; without them there is nothing to say about a drop.
       first_seed, split: added to the seed, and what is scored: choices are made at a seed of their own, on the
         validation split.
     """
@@ -62,6 +63,7 @@ class Trial:
     tuning: FinetuneConfig = field(default_factory=FinetuneConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     margin: float = 0.05
+    alone: bool = True
     first_seed: int = 0
     split: str = "test"
 
@@ -70,7 +72,7 @@ def study(trial: Trial) -> Study:
     return Study(
         functools.partial(run, trial),
         flatten(trial),
-        2 * trial.tuning.steps * len(trial.world.tasks),
+        (1 + trial.alone) * trial.tuning.steps * len(trial.world.tasks),
         functools.partial(check, trial),
         functools.partial(count, trial),
         lambda settings: study(with_overrides(trial, settings)),
@@ -91,16 +93,16 @@ def run(trial: Trial, seed: int, out: Path, progress: StudyProgress) -> tuple[di
     base = world.base(seed, shared / "base", progress)
     at = Place(trial, base, shared, seed, progress)
     used, validation = at.passing()
-    single = {task: at.scored([task], [task], trial.split)[task] for task in used}
+    single = {task: at.scored([task], [task], trial.split)[task] for task in used if trial.alone}
     multi = at.scored(used, used, trial.split)
     accuracy = lambda scores: float(np.mean([score.accuracy for score in scores.values()]))  # noqa: E731
     metrics = {
-        "single_accuracy": accuracy(single),
         "multi_accuracy": accuracy(multi),
-        "multi_task_drop": accuracy(single) - accuracy(multi),
         "trainable_parameters": float(parameter_count(world.config(), trial.adapters)),
         "tasks_used": float(len(used)),
     }
+    if trial.alone:
+        metrics |= {"single_accuracy": accuracy(single), "multi_task_drop": accuracy(single) - accuracy(multi)}
     if trial.adapters.experts is not None:
         metrics["max_violation"] = pooled_violation(list(multi.values()))
     shares = lambda scores: [round(scores[task].accuracy, 4) if task in scores else None for task in world.tasks]  # noqa: E731
@@ -194,5 +196,5 @@ def count(trial: Trial) -> dict[str, float | int]:
     return {
         "frozen_parameters": frozen, "trainable_parameters": trainable, "frozen_bytes": width * frozen,
         **state_bytes(config, adapters, tuning.optimizer), "tokens_per_step": tuning.batch_size * length,
-        "steps": 2 * tuning.steps * len(trial.world.tasks),
+        "steps": (1 + trial.alone) * tuning.steps * len(trial.world.tasks),
     }  # fmt: skip

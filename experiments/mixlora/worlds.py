@@ -57,7 +57,7 @@ class Symbolic:
     pretraining: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(learning_rate=3e-3, warmup_steps=50, weight_decay=0.01)
     )
-    pretraining_steps: int = 1200
+    pretraining_steps: int = 1000
     pretraining_batch: int = 48
     test_rows: int = 512
 
