@@ -1,0 +1,1 @@
+"""Dr.LLM: routers that leave out or repeat blocks of a frozen model, against search, chance and fixed depth."""

@@ -1,0 +1,268 @@
+"""Chains of one to four numbers, and a small decoder that learns them: the base of the small reproduction.
+
+    F n_1 o_1 n_2 ... n_k = a END        n, a below MODULUS, o one of + - x
+
+The token F is the form: `left` is worked out from the left, `right` from the right. The base learns both. Searching and
+routing see `left` alone, so that `right` is known to the base and new to routers; `long` is `left` with five numbers,
+new to both.
+
+Questions are split by a hash of their numbers and operators, whatever the form: those of `train` the base learns,
+routers learn from `validation`, and `test` is for the end. A sample is a function of (split, seed, form, index) alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jax import Array
+
+from experiments.config import OptimizerConfig
+from experiments.data.shards import SPLITS
+from experiments.dr_llm.quiz import Quiz, Rows
+from experiments.experiment import StudyProgress
+from experiments.finetune import Base
+from experiments.overrides import flatten
+from experiments.step import make_optimizer
+from experiments.tasks.symbolic import mixed_bits, split_codes
+from experiments.train import stop_on_interrupt
+from moe.config import ModelConfig, require
+from moe.transformer import Transformer, init_params
+from parallel.checkpoint import Checkpoints
+
+MODULUS = 10
+PAD, END, EQUALS = 0, 1, 2
+FORMS = ("left", "right")
+FIRST_FORM, FIRST_OPERATOR, ZERO = 3, 5, 8
+VOCAB = ZERO + MODULUS
+MOST, LONG = 4, 5
+WIDTH = 2 * LONG + 3  # form, 2 k - 1 numbers and operators, =, answer, END
+KINDS: Mapping[str, tuple[str, int, int]] = {  # form, fewest and most numbers
+    "left": ("left", 1, MOST), "right": ("right", 1, MOST), "long": ("left", LONG, LONG),
+}  # fmt: skip
+
+
+class Chains(NamedTuple):
+    """counts [N], numbers [N, 5] and operators [N, 4], 0 + 1 x 2 being add, subtract and multiply."""
+
+    counts: np.ndarray
+    numbers: np.ndarray
+    operators: np.ndarray
+
+    @property
+    def codes(self) -> np.ndarray:
+        """[N] uint64, one for each question."""
+        code = np.zeros(len(self.counts), np.uint64)
+        for i in range(LONG):
+            used = i < self.counts
+            operator = self.operators[:, i - 1] + 1 if i else np.zeros_like(self.counts)
+            digit = np.where(used, 1 + self.numbers[:, i] + MODULUS * operator, 0)
+            code = code * np.uint64(1 + 4 * MODULUS) + digit.astype(np.uint64)
+        return code
+
+
+def chains(split: str, seed: int, kind: str, indices: np.ndarray) -> Chains:
+    """The samples `indices` of a kind in one split.
+
+    Raises:
+      ValueError: an unknown split or kind.
+    """
+    require(split in SPLITS, "split", split, f"one of {', '.join(SPLITS)}")
+    require(kind in KINDS, "kind", kind, f"one of {', '.join(KINDS)}")
+    _, fewest, most = KINDS[kind]
+    mark = list(KINDS).index(kind)
+    size = len(indices)
+    found = Chains(np.zeros(size, np.int64), np.zeros((size, LONG), np.int64), np.zeros((size, LONG - 1), np.int64))
+    missing, attempt = np.arange(size), 0
+    while len(missing):
+        draw = lambda what: mixed_bits(seed, mark, indices[missing], attempt, what)  # noqa: B023, E731
+        drawn = Chains(
+            (fewest + draw(0) % np.uint64(most - fewest + 1)).astype(np.int64),
+            np.stack([draw(1 + i) % np.uint64(MODULUS) for i in range(LONG)], axis=1).astype(np.int64),
+            np.stack([draw(9 + i) % np.uint64(3) for i in range(LONG - 1)], axis=1).astype(np.int64),
+        )
+        for leaf, new in zip(found, drawn):
+            leaf[missing] = new
+        missing, attempt = missing[split_codes(drawn.codes) != SPLITS.index(split)], attempt + 1
+    return found
+
+
+def answers(form: str, of: Chains) -> np.ndarray:
+    """[N]"""
+    values = np.zeros(len(of.counts), np.int64)
+    for count in np.unique(of.counts):
+        rows = of.counts == count
+        numbers, operators = of.numbers[rows, :count].T, of.operators[rows, : count - 1].T
+        if form == "right":
+            total = numbers[-1]
+            for number, operator in zip(numbers[-2::-1], operators[::-1]):
+                total = _applied(operator, number, total) % MODULUS
+        else:
+            total = numbers[0]
+            for number, operator in zip(numbers[1:], operators):
+                total = _applied(operator, total, number) % MODULUS
+        values[rows] = total % MODULUS
+    return values
+
+
+def _applied(operator: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return np.choose(operator, [left + right, left - right, left * right])
+
+
+def text(form: str, of: Chains) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [N, WIDTH] with the answer and END, and how many precede the answer, [N]."""
+    size = len(of.counts)
+    tokens = np.full((size, WIDTH), PAD, np.int32)
+    tokens[:, 0] = FIRST_FORM + FORMS.index(form)
+    for i in range(LONG):
+        tokens[:, 1 + 2 * i] = np.where(i < of.counts, ZERO + of.numbers[:, i], PAD)
+        if i < LONG - 1:
+            tokens[:, 2 + 2 * i] = np.where(i < of.counts - 1, FIRST_OPERATOR + of.operators[:, i], PAD)
+    every, prompt = np.arange(size), 2 * of.counts + 1
+    tokens[every, prompt - 1] = EQUALS
+    tokens[every, prompt] = ZERO + answers(form, of)
+    tokens[every, prompt + 1] = END
+    return tokens, prompt
+
+
+def quiz(split: str, seed: int, kind: str, count: int) -> Quiz:
+    """The first `count` distinct questions of a kind in one split; an answer is two tokens, the number and END."""
+    form, drawn, size = KINDS[kind][0], 2 * count, 0
+    while size < count:
+        of = chains(split, seed, kind, np.arange(drawn))
+        _, first = np.unique(of.codes, return_index=True)
+        size, drawn = len(first), 2 * drawn
+    tokens, prompt = text(form, Chains(*(leaf[np.sort(first)[:count]] for leaf in of)))  # pyright: ignore
+    where = prompt[:, None] - 1 + np.arange(2, dtype=np.int64)[None]
+    targets = np.take_along_axis(tokens, where + 1, axis=1)
+    weights, option, question = np.ones((count, 2), np.float32), np.zeros((count, 2), np.int32), np.arange(count)
+    lengths = (prompt + 1).astype(np.int32)
+    rows = Rows(tokens[:, :-1], lengths, where.astype(np.int32), targets, weights, option, question.astype(np.int32))
+    answered = tuple((form, answer) for answer in targets[:, 0].tolist())
+    prompts = np.where(np.arange(WIDTH - 2)[None] < prompt[:, None], tokens[:, :-2], PAD)
+    return Quiz(rows, prompts, prompt.astype(np.int32), answered, np.full(count, 2))
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Attributes:
+    pretraining, steps, batch: of the base; three quarters of each batch are `left`.
+    search_questions, test_questions: most questions that are searched for supervision, and that are tested.
+    others: kinds that routers have not seen, for which the change of accuracy is told.
+    size: most rows of a pass of search.
+    """
+
+    model: ModelConfig = field(
+        default_factory=lambda: ModelConfig(
+            vocab_size=VOCAB, hidden=64, num_layers=8, num_heads=4, num_kv_heads=4, head_dim=16, ffn_dim=176,
+            moe=None, tie_embeddings=True, init_std=0.1,
+        )
+    )
+    pretraining: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=3e-3, warmup_steps=100, weight_decay=0.01)
+    )
+    steps: int = 2000
+    batch: int = 128
+    search_questions: int = 1024
+    test_questions: int = 512
+    others: tuple[str, ...] = ("right", "long")
+    size: int = 512
+
+    def check(self) -> None:
+        for kind in self.others:
+            require(kind in KINDS and kind != "left", "world.others", kind, f"some of {', '.join(KINDS)}, not left")
+        require(self.batch % 4 == 0, "world.batch", self.batch, "a multiple of 4")
+
+    def config(self) -> ModelConfig:
+        return self.model
+
+    @property
+    def mixed(self) -> bool:
+        return True
+
+    def passing(self) -> tuple[tuple[str, ...], dict[str, tuple[float, float]]]:
+        """The one task; that the base knows it is a claim."""
+        return ("left",), {}
+
+    @property
+    def longest(self) -> int:
+        return WIDTH - 1
+
+    def search_seed(self, seed: int) -> int:
+        """Every seed has its own base and its own questions."""
+        return seed
+
+    def quiz(self, name: str, seed: int) -> Quiz:
+        """`search`, `test`, or a kind of `others`."""
+        if name == "search":
+            return quiz("validation", seed, "left", self.search_questions)
+        return quiz("test", seed, "left" if name == "test" else name, self.test_questions)
+
+    def base(self, seed: int, folder: Path, progress: StudyProgress) -> Base:
+        """The model of a seed, trained in `folder` unless it is there. KeyboardInterrupt once it is saved."""
+        tx = make_optimizer(self.pretraining, self.steps)
+        mark = flatten(self) | {"seed": seed}
+        with Checkpoints(folder, fingerprint=mark) as saved, stop_on_interrupt() as stop:
+            params = jax.jit(partial(init_params, self.model))(jax.random.key(seed))
+            state = BaseState(jnp.int32(0), params, tx.init(params))
+            if saved.latest() is not None:
+                state = saved.restore(state)
+            for step in range(int(state.step), self.steps):
+                state, loss = _train_step(self.model, tx, state, *self.training_rows(seed, step))
+                if step % 50 == 49:
+                    progress(step + 1, f"base: step {step + 1} of {self.steps}, loss {float(loss):.3f}")
+                if stop() or step + 1 == self.steps:
+                    saved.save(step + 1, state)
+                if stop():
+                    saved.wait()
+                    raise KeyboardInterrupt(f"stopped after step {step + 1} of the base; the state is saved")
+        return Base(self.model, state.params, {})
+
+    def training_rows(self, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [B, S] of one step, and the positions [B] before the answers."""
+        parts = []
+        for form, share in zip(FORMS, (3, 1)):
+            size = self.batch * share // 4
+            parts.append(text(form, chains("train", seed, form, np.arange(step * size, (step + 1) * size))))
+        tokens, prompt = (np.concatenate(leaves) for leaves in zip(*parts))
+        return tokens[:, : 2 * MOST + 3], (prompt - 1).astype(np.int32)
+
+
+@struct.dataclass
+class BaseState:
+    """What a checkpoint of the base holds: finished steps, parameters, moments."""
+
+    step: Array
+    params: Any
+    opt_state: Any
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _train_step(
+    config: ModelConfig, tx: Any, state: BaseState, tokens: Array, before: Array
+) -> tuple[BaseState, Array]:
+    """One step on tokens [B, S + 1], of which only the two of each answer, after position `before` [B], are learned:
+    prompts are random."""
+
+    def loss_of(params: Any) -> Array:
+        read = tokens[:, :-1]
+        positions = jnp.broadcast_to(jnp.arange(read.shape[1], dtype=jnp.int32)[None], read.shape)
+        segments = (positions <= before[:, None] + 1).astype(jnp.int32)
+        out: Any = Transformer(config).apply({"params": params}, read, segments, positions, {}, None)
+        where = before[:, None] + jnp.arange(2)[None]
+        of_answer = jnp.take_along_axis(out.hidden, where[..., None], axis=1)
+        logits = jnp.einsum("bad,vd->bav", of_answer, out.head)
+        targets = jnp.take_along_axis(tokens, where + 1, axis=1)
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets))
+
+    loss, grads = jax.value_and_grad(loss_of)(state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    return BaseState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), loss
