@@ -43,16 +43,17 @@ def test_every_preset_lowers_and_its_methods_are_of_one_size(name):
         assert json.loads(json.dumps(one.settings)) == dict(one.settings)
         shapes = {key: value for key, value in one.settings.items() if key.startswith(("adapters", "world"))}
         distinct.setdefault(json.dumps(shapes), (arm, one))
-    groups: dict[str, list[int]] = {}
+    groups: dict[str, dict[str, int]] = {}
     for arm, one in distinct.values():
         assert one.count is not None
         counts = one.count()
         assert counts["adapter_bytes"] == 4 * counts["trainable_parameters"]
         assert 0 < counts["trainable_parameters"] < counts["frozen_parameters"]
         if "mixdora" not in arm:
-            groups.setdefault("smollm2" if "smollm2" in arm else "", []).append(counts["trainable_parameters"])
+            groups.setdefault("smollm2" if "smollm2" in arm else "", {})[arm] = counts["trainable_parameters"]
     for sizes in groups.values():
-        assert max(sizes) <= 1.11 * min(sizes)
+        wanted = next(size for arm, size in sizes.items() if "mixlora" in arm)
+        assert all(abs(size - wanted) <= 0.1 * wanted for size in sizes.values())
 
 
 def test_the_papers_model_has_the_papers_number_of_parameters():
