@@ -12,9 +12,9 @@ Protocol, fixed beforehand. A model is pretrained once for each seed, on other m
 frozen; all methods of the seed stand beside it. Every method trains an adapter for each of the four tasks and one for
 all four, which takes four times the steps: it sees the very examples, in their order, that the four see. Every method
 has the number of trainable parameters that whole ranks allow (`matched`): LoRA 4% more than MixLoRA, the others within
-10%, MixDoRA a fifth less. Alpha is twice the rank, as in the paper. Accuracy is of whole answers that match, on questions of the test split, none of which was
-trained on. A task is used if the base, or LoRA trained on it alone, beats the commonest answer by 5 points on the
-validation split.
+10%, MixDoRA a fifth less. Alpha is twice the rank, as in the paper. Accuracy is of whole answers that match, on
+questions of the test split, none of which was trained on. A task is used if the base, or LoRA trained on it alone,
+beats the commonest answer by 5 points on the validation split.
 
 All methods have one rate, as in the paper: the one of RATES with which LoRA on all four tasks has the highest accuracy
 of the validation split (preset `rates`, at a seed of its own). It is the baseline that is tuned.
