@@ -174,6 +174,11 @@ def experts_only(name: str) -> bool:
     return not routers_only(name)
 
 
+def nothing(name: str) -> bool:
+    """No training of the arm's own."""
+    return False
+
+
 @functools.lru_cache
 def routed(loss: RouterLoss, num_experts: int) -> Penalty:
     """`loss` without its last term."""
@@ -435,13 +440,18 @@ def count(trial: Trial) -> dict[str, float | int]:
     """Lowers one step of all experts on shapes alone, and counts; trained are those the method trains."""
     config, number = trial.world.config(), len(trial.world.tasks)
     adapters = trial.rival or soft(trial.expert, number)
-    counts = sibling.count(sibling.Trial(adapters, trial.expert, world=trial.world, tuning=trial.routing))
+    counts = lowered(sibling.Trial(adapters, trial.expert, world=trial.world, tuning=trial.routing))
     tx = make_optimizer(trial.routing.optimizer, 1)
-    chosen = {"router_only": routers_only, "joint": everything, "rival": everything}.get(trial.method)
-    kept = [] if chosen is None else jax.tree.leaves(split(abstract_adapters(config, adapters), chosen)[0])
-    moments = jax.tree.leaves(jax.eval_shape(tx.init, kept)) if kept else []
-    return counts | {
-        "trainable_parameters": sum(leaf.size for leaf in kept),
-        "moment_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in moments),
+    chosen = {"router_only": routers_only, "joint": everything, "rival": everything}.get(trial.method, nothing)
+    trained = split(abstract_adapters(config, adapters), chosen)[0]
+    moments = jax.eval_shape(tx.init, trained) if jax.tree.leaves(trained) else None
+    size = lambda leaves, unit: sum(leaf.size * unit(leaf) for leaf in jax.tree.leaves(leaves))  # noqa: E731
+    return {
+        **counts,
+        "trainable_parameters": size(trained, lambda leaf: 1),
+        "moment_bytes": size(moments, lambda leaf: leaf.dtype.itemsize),
         "steps": trial.steps,
     }  # fmt: skip
+
+
+lowered = functools.lru_cache(maxsize=8)(sibling.count)  # arms differ in what they train, and hardly in what they run
