@@ -236,20 +236,18 @@ def test_auto_goes_by_columns():
     """A wide product multiplies all experts' columns; with one or two experts nothing is saved by sorting."""
     assert [choose(*of, "cpu") for of in ((1, 80), (2, 64), (8, 4))] == ["concat"] * 3
     assert [choose(*of, "cpu") for of in ((4, 16), (8, 16), (32, 16))] == ["blocks"] * 3
-    assert [choose(*of, "cuda") for of in ((8, 32), (8, 64))] == ["concat", "ragged_dot"]
+    assert [choose(*of, "cuda") for of in ((8, 4), (8, 64))] == ["concat"] * 2
 
 
-@pytest.mark.parametrize("rank", [16, 64])
-def test_auto_of_a_program_is_that_of_its_platform(rank):
-    """E r = 80 and 320, few rows: blocks on CPU; on GPU first the wide product, then grouped GEMMs."""
-    a, b = np.ones((E, D, rank), np.float32), np.ones((E, rank, O), np.float32)
+def test_auto_of_a_program_is_that_of_its_platform():
+    """Blocks on CPU, the wide product on GPU."""
+    a, b = np.ones((E, D, 16), np.float32), np.ones((E, 16, O), np.float32)
     x, *_, weights, indices, _ = problem(dtype=np.float32)
     call = jax.jit(slot_lora_sum).trace(x, a, b, indices, weights)
     on_cpu, on_gpu = (call.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda"))
     assert "dynamic_update_slice" in on_cpu, "the walk over blocks"
-    assert "ragged_dot" not in on_cpu
     assert "dynamic_update_slice" not in on_gpu
-    assert ("ragged_dot" in on_gpu) == (rank == 64)
+    assert "ragged_dot" not in on_cpu + on_gpu
 
 
 @pytest.mark.parametrize(
