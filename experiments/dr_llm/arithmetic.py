@@ -1,10 +1,10 @@
 """Chains of one to four numbers, and a small decoder that learns them: the base of the small reproduction.
 
-    F n_1 o_1 n_2 ... n_k = a END        n, a below MODULUS, o one of + - x
+    F n_1 o_1 n_2 ... n_k = a_1 a_2 END        n a digit, o one of + - x, a_1 a_2 the result modulo 100
 
-The token F is the form: `left` is worked out from the left, `right` from the right. The base learns both. Searching and
-routing see `left` alone, so that `right` is known to the base and new to routers; `long` is `left` with five numbers,
-new to both.
+Two digits, so that few paths are right by luck. The token F is the form: `left` is worked out from the left, `right`
+from the right. The base learns both. Searching and routing see `left` alone, so that `right` is known to the base and
+new to routers; `long` is `left` with five numbers, new to both.
 
 Questions are split by a hash of their numbers and operators, whatever the form: those of `train` the base learns,
 routers learn from `validation`, and `test` is for the end. A sample is a function of (split, seed, form, index) alone.
@@ -38,13 +38,14 @@ from moe.config import ModelConfig, require
 from moe.transformer import Transformer, init_params
 from parallel.checkpoint import Checkpoints
 
-MODULUS = 10
+BASE, MODULUS = 10, 100
 PAD, END, EQUALS = 0, 1, 2
 FORMS = ("left", "right")
 FIRST_FORM, FIRST_OPERATOR, ZERO = 3, 5, 8
-VOCAB = ZERO + MODULUS
+VOCAB = ZERO + BASE
 MOST, LONG = 4, 5
-WIDTH = 2 * LONG + 3  # form, 2 k - 1 numbers and operators, =, answer, END
+WRITTEN = 3  # tokens of an answer, END among them
+WIDTH = 2 * LONG + 1 + WRITTEN  # form, 2 k - 1 numbers and operators, =, answer
 KINDS: Mapping[str, tuple[str, int, int]] = {  # form, fewest and most numbers
     "left": ("left", 1, MOST), "right": ("right", 1, MOST), "long": ("left", LONG, LONG),
 }  # fmt: skip
@@ -64,8 +65,8 @@ class Chains(NamedTuple):
         for i in range(LONG):
             used = i < self.counts
             operator = self.operators[:, i - 1] + 1 if i else np.zeros_like(self.counts)
-            digit = np.where(used, 1 + self.numbers[:, i] + MODULUS * operator, 0)
-            code = code * np.uint64(1 + 4 * MODULUS) + digit.astype(np.uint64)
+            digit = np.where(used, 1 + self.numbers[:, i] + BASE * operator, 0)
+            code = code * np.uint64(1 + 4 * BASE) + digit.astype(np.uint64)
         return code
 
 
@@ -86,7 +87,7 @@ def chains(split: str, seed: int, kind: str, indices: np.ndarray) -> Chains:
         draw = lambda what: mixed_bits(seed, mark, indices[missing], attempt, what)  # noqa: B023, E731
         drawn = Chains(
             (fewest + draw(0) % np.uint64(most - fewest + 1)).astype(np.int64),
-            np.stack([draw(1 + i) % np.uint64(MODULUS) for i in range(LONG)], axis=1).astype(np.int64),
+            np.stack([draw(1 + i) % np.uint64(BASE) for i in range(LONG)], axis=1).astype(np.int64),
             np.stack([draw(9 + i) % np.uint64(3) for i in range(LONG - 1)], axis=1).astype(np.int64),
         )
         for leaf, new in zip(found, drawn):
@@ -118,7 +119,7 @@ def _applied(operator: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.nd
 
 
 def text(form: str, of: Chains) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [N, WIDTH] with the answer and END, and how many precede the answer, [N]."""
+    """Tokens [N, WIDTH] with the answer, and how many precede the answer, [N]."""
     size = len(of.counts)
     tokens = np.full((size, WIDTH), PAD, np.int32)
     tokens[:, 0] = FIRST_FORM + FORMS.index(form)
@@ -128,27 +129,28 @@ def text(form: str, of: Chains) -> tuple[np.ndarray, np.ndarray]:
             tokens[:, 2 + 2 * i] = np.where(i < of.counts - 1, FIRST_OPERATOR + of.operators[:, i], PAD)
     every, prompt = np.arange(size), 2 * of.counts + 1
     tokens[every, prompt - 1] = EQUALS
-    tokens[every, prompt] = ZERO + answers(form, of)
-    tokens[every, prompt + 1] = END
+    tens, units = divmod(answers(form, of), BASE)
+    for place, token in enumerate((ZERO + tens, ZERO + units, END)):
+        tokens[every, prompt + place] = token
     return tokens, prompt
 
 
 def quiz(split: str, seed: int, kind: str, count: int) -> Quiz:
-    """The first `count` distinct questions of a kind in one split; an answer is two tokens, the number and END."""
+    """The first `count` distinct questions of a kind in one split; an answer is three tokens."""
     form, drawn, size = KINDS[kind][0], 2 * count, 0
     while size < count:
         of = chains(split, seed, kind, np.arange(drawn))
         _, first = np.unique(of.codes, return_index=True)
         size, drawn = len(first), 2 * drawn
     tokens, prompt = text(form, Chains(*(leaf[np.sort(first)[:count]] for leaf in of)))  # pyright: ignore
-    where = prompt[:, None] - 1 + np.arange(2, dtype=np.int64)[None]
+    where = prompt[:, None] - 1 + np.arange(WRITTEN, dtype=np.int64)[None]
     targets = np.take_along_axis(tokens, where + 1, axis=1)
-    weights, option, question = np.ones((count, 2), np.float32), np.zeros((count, 2), np.int32), np.arange(count)
-    lengths = (prompt + 1).astype(np.int32)
+    weights, option, question = np.ones(where.shape, np.float32), np.zeros(where.shape, np.int32), np.arange(count)
+    lengths = (prompt + WRITTEN - 1).astype(np.int32)
     rows = Rows(tokens[:, :-1], lengths, where.astype(np.int32), targets, weights, option, question.astype(np.int32))
-    answered = tuple((form, answer) for answer in targets[:, 0].tolist())
-    prompts = np.where(np.arange(WIDTH - 2)[None] < prompt[:, None], tokens[:, :-2], PAD)
-    return Quiz(rows, prompts, prompt.astype(np.int32), answered, np.full(count, 2))
+    answered = tuple((form, tuple(answer)) for answer in targets.tolist())
+    prompts = np.where(np.arange(WIDTH - WRITTEN)[None] < prompt[:, None], tokens[:, :-WRITTEN], PAD)
+    return Quiz(rows, prompts, prompt.astype(np.int32), answered, np.full(count, WRITTEN))
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ class Arithmetic:
     pretraining: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(learning_rate=3e-3, warmup_steps=100, weight_decay=0.01)
     )
-    steps: int = 2000
+    steps: int = 1400
     batch: int = 128
     search_questions: int = 1024
     test_questions: int = 512
@@ -233,7 +235,7 @@ class Arithmetic:
             size = self.batch * share // 4
             parts.append(text(form, chains("train", seed, form, np.arange(step * size, (step + 1) * size))))
         tokens, prompt = (np.concatenate(leaves) for leaves in zip(*parts))
-        return tokens[:, : 2 * MOST + 3], (prompt - 1).astype(np.int32)
+        return tokens[:, : 2 * MOST + 1 + WRITTEN], (prompt - 1).astype(np.int32)
 
 
 @struct.dataclass
@@ -249,15 +251,15 @@ class BaseState:
 def _train_step(
     config: ModelConfig, tx: Any, state: BaseState, tokens: Array, before: Array
 ) -> tuple[BaseState, Array]:
-    """One step on tokens [B, S + 1], of which only the two of each answer, after position `before` [B], are learned:
+    """One step on tokens [B, S + 1], of which only the answers, after position `before` [B], are learned:
     prompts are random."""
 
     def loss_of(params: Any) -> Array:
         read = tokens[:, :-1]
         positions = jnp.broadcast_to(jnp.arange(read.shape[1], dtype=jnp.int32)[None], read.shape)
-        segments = (positions <= before[:, None] + 1).astype(jnp.int32)
+        segments = (positions < before[:, None] + WRITTEN).astype(jnp.int32)
         out: Any = Transformer(config).apply({"params": params}, read, segments, positions, {}, None)
-        where = before[:, None] + jnp.arange(2)[None]
+        where = before[:, None] + jnp.arange(WRITTEN)[None]
         of_answer = jnp.take_along_axis(out.hidden, where[..., None], axis=1)
         logits = jnp.einsum("bad,vd->bav", of_answer, out.head)
         targets = jnp.take_along_axis(tokens, where + 1, axis=1)

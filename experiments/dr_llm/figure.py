@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.figures import new_figure, save, styled
 
 BOUNDS = ("upper_bound", "uct_bound", "released_bound")
+COLOURS = {
+    "full": "black", "router": "#4c78a8", "router_embedding": "#e45756", "upper_bound": "#54a24b",
+    "uct_bound": "#88d27a", "released_bound": "#b5cf6b", "shuffled": "#f58518", "random": "#eeca3b",
+    "static": "#9d755d", "shortgpt": "#b279a2", "early_exit": "#72b7b2",
+}  # fmt: skip
 MARKS = {"full": "s", "router": "*", "router_embedding": "P", **dict.fromkeys(BOUNDS, "^")}
 
 
@@ -21,7 +25,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
     first = next(iter(arms))
     prefix = first.removesuffix("full") if first.endswith("full") else ""
     short = {name: name.removeprefix(prefix) for name in arms}
-    colours = {name: plt.get_cmap("tab20")(i % 20) for i, name in enumerate(arms)}
+    colours = {name: COLOURS[short[name]] for name in arms}
     fig = new_figure(15, 9.5)
     top, bottom = fig.subfigures(2, 1, height_ratios=[1.5, 1])  # pyright: ignore
     plane, close = top.subplots(1, 2)
@@ -62,6 +66,7 @@ def decisions(ax: Any, series: Any, named: dict[str, str]) -> None:
         place = np.arange(len(of("taught")))
         ax.bar(place + offset, of("decisions"), width=0.4, color=colour, alpha=0.5, label=f"{text}: decided on test")
         ax.plot(place, of("taught"), "o-", color=colour, label=f"{text}: taught")
+    ax.set_xticks(place)
     ax.set_xlabel("layer")
     ax.set_ylabel("share of questions")
     ax.set_title("routers on the residual stream")
@@ -79,8 +84,8 @@ def unseen(ax: Any, arms: dict[str, Any], named: dict[str, str]) -> None:
         for j, task in enumerate(tasks):
             values = 100.0 * np.array(arms[name][task]["values"])
             place = j + 0.16 * (i - 0.5)
-            mark, colour = MARKS[policy], ("#4c78a8", "#e45756")[i]
-            ax.plot([place] * len(values), values, mark, color=colour, markersize=9, label=policy if j == 0 else None)
+            style = {"color": COLOURS[policy], "markersize": 9, "label": policy if j == 0 else None}
+            ax.plot([place] * len(values), values, MARKS[policy], **style)
     ax.axhline(0.0, color="black", linewidth=1)
     ax.axhline(-0.85, color="black", linewidth=1, linestyle=":")
     ax.set_xticks(range(len(tasks)), [task.removeprefix("change_") for task in tasks])

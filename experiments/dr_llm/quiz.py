@@ -135,10 +135,10 @@ class Examiner:
         else:
             pairs = [(i, row) for i, n in enumerate(questions) for row in np.flatnonzero(rows.question == n)]
             place, index = np.array(pairs).T
-        hits, nats = [], []
+        hits, nats, least = [], [], max(1, self.batch_size // 4) if self.mixed else 1  # few sizes are compiled
         for first in range(0, len(index), self.batch_size):
             count = len(index[first : first + self.batch_size])
-            size = min(self.batch_size, 1 << (count - 1).bit_length())
+            size = min(self.batch_size, max(least, 1 << (count - 1).bit_length()))
             chosen = np.resize(np.arange(first, first + count), size)
             part, of_part = rows.take(index[chosen]).cropped(), labels[place[chosen]]
             found = _judge(self.base, part, of_part if mixed else of_part[0], mixed)
