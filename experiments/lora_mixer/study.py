@@ -205,7 +205,8 @@ def run(trial: Trial, seed: int, out: Path, progress: StudyProgress) -> tuple[di
     `top1_mi` where it is the likeliest; both are means over layers and routers."""
     seed = seed + trial.first_seed
     shared = out.parent / f"shared-seed{seed}"
-    at = Place(trial, trial.world.base(seed, shared / "base", progress), shared, seed, progress)
+    folder = shared / f"{zlib.crc32(repr(trial.world).encode()):08x}-base"
+    at = Place(trial, trial.world.base(seed, folder, progress), shared, seed, progress)
     found, validation = at.passing()
     used = list(found)
     oracle = {task: at.accuracy(*expert, task, trial.split) for task, expert in found.items()}

@@ -34,6 +34,7 @@ from experiments.lora_mixer.study import (
     study,
     uniform,
 )
+from experiments.lora_mixer.worlds import Alphabets
 from experiments.mixlora.experiment import tuning
 from experiments.mixlora.worlds import Packaged, Symbolic
 from experiments.run import run as run_preset
@@ -238,6 +239,32 @@ def test_experts_from_folders_are_the_experts_that_were_written(place, tmp_path)
     assert set(config.targets) == set(other.targets)
     assert all(same(ours, theirs).values())
     assert at.folder("copy") != there.folder("copy")
+
+
+def test_every_digit_says_which_alphabet_it_is_of_and_rows_are_the_same_otherwise():
+    world, plain = Alphabets(digits=4, test_rows=8), Symbolic(digits=4, test_rows=8)
+    names = ["sort", "copy"]
+    ours, theirs = (one.batches(names, 0, 8)(3) for one in (world, plain))
+    own = np.where(theirs.task == 0, list(symbolic.TASKS).index("sort"), list(symbolic.TASKS).index("copy"))
+    for mine, other in ((ours.tokens, theirs.tokens), (ours.targets, theirs.targets)):
+        digit = other >= symbolic.ZERO
+        assert np.array_equal(mine[~digit], other[~digit])
+        assert np.array_equal((mine - symbolic.ZERO) // 10 * digit, own[:, None] * digit)
+        assert np.array_equal((mine - other) % 10, np.zeros_like(other))
+        assert digit.any()
+        assert mine.max() < world.model.vocab_size
+
+
+def test_the_model_has_seen_all_maps_in_all_alphabets_and_no_task():
+    world = Alphabets(digits=4, pretraining_batch=24)
+    tokens = np.asarray(world.text(0, 5)["tokens"][0])
+    digits = tokens >= symbolic.ZERO
+    seen = set()
+    for row, mask in zip(tokens, digits):
+        alphabets = set(((row[mask] - symbolic.ZERO) // 10).tolist())
+        assert len(alphabets) == 1
+        seen.add((int(row[0]), alphabets.pop()))
+    assert seen == {(symbolic.TOKEN[name], a) for name in symbolic.PRETRAINING for a in range(4)}
 
 
 TABLE = {"uniform": 0.2, "own": 0.8, "other": 0.4, "top3": 0.65, "top1": 0.5}
