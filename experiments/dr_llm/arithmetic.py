@@ -171,10 +171,10 @@ class Arithmetic:
     pretraining: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(learning_rate=3e-3, warmup_steps=100, weight_decay=0.01)
     )
-    steps: int = 1400
+    steps: int = 1200
     batch: int = 128
-    search_questions: int = 1024
-    test_questions: int = 512
+    search_questions: int = 768
+    test_questions: int = 384
     others: tuple[str, ...] = ("right", "long")
     size: int = 512
 

@@ -11,20 +11,18 @@ from experiments.figures import new_figure, save, styled
 
 BOUNDS = ("upper_bound", "uct_bound", "released_bound")
 COLOURS = {
-    "full": "black", "router": "#4c78a8", "router_embedding": "#e45756", "upper_bound": "#54a24b",
-    "uct_bound": "#88d27a", "released_bound": "#b5cf6b", "shuffled": "#f58518", "random": "#eeca3b",
-    "static": "#9d755d", "shortgpt": "#b279a2", "early_exit": "#72b7b2",
+    "full": "black", "router": "#4c78a8", "router_embedding": "#e45756", "router_one_edit": "#9ecae9",
+    "upper_bound": "#54a24b", "uct_bound": "#88d27a", "released_bound": "#b5cf6b", "shuffled": "#f58518",
+    "random": "#eeca3b", "static": "#9d755d", "shortgpt": "#b279a2", "early_exit": "#72b7b2",
 }  # fmt: skip
-MARKS = {"full": "s", "router": "*", "router_embedding": "P", **dict.fromkeys(BOUNDS, "^")}
+MARKS = {"full": "s", "router": "*", "router_one_edit": "*", "router_embedding": "P", **dict.fromkeys(BOUNDS, "^")}
 
 
 @styled
 def draw(content: dict[str, Any], path: Path) -> None:
     """`content` is result.json. Every seed is a mark, the line is a knob or a number of skipped blocks."""
     arms, series = content["arms"], content["series"]
-    first = next(iter(arms))
-    prefix = first.removesuffix("full") if first.endswith("full") else ""
-    short = {name: name.removeprefix(prefix) for name in arms}
+    short = {name: name if name in COLOURS else name.partition("_")[2] for name in arms}  # without the model's name
     colours = {name: COLOURS[short[name]] for name in arms}
     fig = new_figure(15, 9.5)
     top, bottom = fig.subfigures(2, 1, height_ratios=[1.5, 1])  # pyright: ignore

@@ -46,8 +46,8 @@ class Packaged:
     dtype: str = "float32"
     model: ModelConfig = field(default_factory=ModelConfig)
     longest: int = 64
-    search_questions: int = 192
-    test_questions: int = 128
+    search_questions: int = 128
+    test_questions: int = 96
     validation_questions: int = 64
     margin: float = 0.05
     size: int = 16
