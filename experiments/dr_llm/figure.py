@@ -33,7 +33,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
     methods = [value for name in arms if short[name] not in BOUNDS for value in arms[name]["fraction"]["values"]]
     margin = max(0.01, 0.15 * (max(methods) - min(methods)))
     close.set_xlim(min(methods) - margin, max(methods) + margin)
-    close.set_title("the same, without lines and bounds out of sight")
+    close.set_title("closer: without lines, bounds only where they fit")
     plane.legend(fontsize=9, ncols=2)
     layers, others = bottom.subplots(1, 2)
     decisions(layers, series, {short[name]: name for name in arms})
