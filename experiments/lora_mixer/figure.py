@@ -37,7 +37,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
     mi_ax.set_title("I(task; expert)")
     columns(entropy_ax, arms, "router_entropy", routed, colours)
     entropy_ax.set_xlabel("nats; dotted: log E")
-    entropy_ax.set_title("entropy of a token's weights")
+    entropy_ax.set_title("entropy of a token")
     for ax in (mi_ax, entropy_ax):
         ax.axvline(math.log(experts), color="black", linewidth=1, linestyle=":")
     task_ax, layer_ax = halves[1].subplots(1, 2, width_ratios=[1.6, 1])
