@@ -18,7 +18,8 @@ CLAIM_COLUMNS = ("claim", "claimed", "paper", "measured", "per seed", "verdict")
 METRICS = (
     "val_ce", "test_ce", "start_test_ce", "domain_expert_mi", "max_violation", "max_violation_sequence", "top_score",
     "flops_per_token", "state_bytes_per_parameter", "step_ms", "single_accuracy", "multi_accuracy", "multi_task_drop",
-    "trainable_parameters", "tasks_used",
+    "mean_accuracy", "soft_accuracy", "top1_accuracy", "share_of_oracle", "top1_mi", "router_entropy",
+    "soft_minus_topk", "soft_minus_top1", "samples_seen", "trainable_parameters", "tasks_used",
 )  # fmt: skip
 TARGET = FOLDER.parent / "REPRODUCTIONS.md"
 HEAD = """# Reproductions

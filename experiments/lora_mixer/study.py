@@ -46,7 +46,7 @@ from experiments.train import loss_curve, read_lines
 from moe.config import ModelConfig, require
 from moe.lora.adapters import abstract_adapters, parameter_count, with_routers
 from moe.lora.config import AdapterConfig, ExpertsConfig
-from moe.lora.losses import Sign, balance, proximal_loss, routing_specialization_loss
+from moe.lora.losses import Sign, proximal_loss, routing_specialization_loss
 from moe.lora.peft import read_peft, stack_adapters
 from parallel.mesh import make_mesh
 from parallel.startup import is_primary
@@ -182,10 +182,8 @@ def nothing(name: str) -> bool:
 @functools.lru_cache
 def routed(loss: RouterLoss, num_experts: int) -> Penalty:
     """`loss` without its last term."""
-    entropy = functools.partial(routing_specialization_loss, top_k=num_experts, sign=loss.sign)
-    return lambda adapters, sites: (
-        loss.balance_weight * balance(sites, num_experts, "argmax") + entropy(sites, 0.0, loss.entropy_weight)
-    )
+    weights = loss.balance_weight, loss.entropy_weight
+    return lambda adapters, sites: routing_specialization_loss(sites, *weights, top_k=num_experts, sign=loss.sign)
 
 
 def anchored(loss: RouterLoss, num_experts: int, start: Any) -> Penalty:

@@ -57,6 +57,7 @@ def routing_specialization_loss(
     *,
     top_k: int,
     sign: Sign = "as_claimed",
+    count: Count = "argmax",
 ) -> Array:
     """LoRA-Mixer's loss: balanced over all tokens, and per token
 
@@ -64,7 +65,8 @@ def routing_specialization_loss(
         w_b E sum_i pbar_i fbar_i + w_e mean_x H(p(x))     as_claimed: lower entropy, the specialisation the text wants
 
     2507.00029, Eq. 5 (from third-party notes), with the factor E it lacks: at uniform routing the first term is w_b.
-    Mean over layers and sites.
+    Mean over layers and sites. `count` is fbar's, see `balance`: with all experts mixed every token's slots are all of
+    them, so that only the likeliest expert says anything; the notes have both.
 
     Raises:
       ValueError: a negative weight (the sign is chosen by name), an unknown sign, no router.
@@ -74,7 +76,7 @@ def routing_specialization_loss(
     require(sign in ("as_claimed", "as_printed"), "sign", sign, "as_claimed or as_printed")
     factor = entropy_weight if sign == "as_claimed" else -entropy_weight
     entropies = [jnp.sum(one.entropy_sums) / jnp.maximum(jnp.sum(one.tokens), 1.0) for one in sites.values()]
-    return balance_weight * balance(sites, top_k) + factor * sum(entropies, jnp.float32(0)) / len(sites)
+    return balance_weight * balance(sites, top_k, count) + factor * sum(entropies, jnp.float32(0)) / len(sites)
 
 
 def proximal_loss(adapters: Any, anchor: Any) -> Array:
