@@ -43,6 +43,7 @@ from experiments.bench.peak import Product, seconds_of
 from experiments.bench.routing_metrics import median_interval
 from experiments.output import write_json
 from experiments.provenance import provenance
+from experiments.upcycling.experiment import smollm2
 from kernels.lora import Implementation, choose, slot_lora, slot_lora_sum
 from moe.config import ModelConfig, require
 from moe.lora.adapters import abstract_adapters
@@ -87,14 +88,6 @@ def product_shapes(backend: str) -> list[ProductShape]:
         return [*few, *(ProductShape(512, 2, *of, 64, 192) for of in experts)]
     experts = (8, 4), (8, 16), (8, 32), (8, 64), (32, 16), (64, 16)
     return [ProductShape(tokens, 2, *of, 4096, 11008) for of in experts for tokens in (512, 4096)]
-
-
-def smollm2() -> ModelConfig:
-    """The shape of SmolLM2-135M."""
-    return ModelConfig(
-        vocab_size=49_152, hidden=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64, ffn_dim=1536, moe=None,
-        tie_embeddings=True,
-    )  # fmt: skip
 
 
 def main(

@@ -115,9 +115,10 @@ def cpu_long() -> Preset:
     """SmolLM2; the budget was set beforehand by the time of a pass."""
     from experiments.dr_llm.packaged import Packaged
     from experiments.dr_llm.supervision import SearchConfig
+    from experiments.upcycling.experiment import smollm2
 
     search = SearchConfig("uct", max_edits=3, budget=50, chunk=8)
-    large = arms(PACKAGED, "smollm2_", world=Packaged(), search=search, knobs=(-0.25,), skips=(1, 3))
+    large = arms(PACKAGED, "smollm2_", world=Packaged(model=smollm2()), search=search, knobs=(-0.25,), skips=(1, 3))
     return Preset(large, 2, claims("smollm2_"), "SmolLM2-135M: data fetch --models, and the packages of its tasks")
 
 

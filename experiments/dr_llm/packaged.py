@@ -61,12 +61,15 @@ class Packaged:
         for task in named((*self.tasks, *self.others)):
             require(TASKS[task].check is None, "world.tasks", task, "tasks with options")
         require(bool(self.source), "world.source", self.source, "a model: --set world.source=DIRECTORY")
-        open_words(self.source, self.config())
+        open_words(self.source, pretrained_config(self.source))
         if text := missing((*self.tasks, *self.others)):
             raise DataError(text)
 
     def config(self) -> ModelConfig:
-        return replace(pretrained_config(self.source), compute_dtype=self.dtype) if self.source else self.model
+        try:
+            return replace(pretrained_config(self.source), compute_dtype=self.dtype) if self.source else self.model
+        except ValueError:  # `check` says what is missing
+            return self.model
 
     @property
     def steps(self) -> int:
