@@ -26,7 +26,7 @@ import numpy as np
 import optax
 from flax import struct
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.config import OptimizerConfig
@@ -132,7 +132,7 @@ def finetune(
     mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> Any:
-    """Trains adapters of a base in `out`, going on from the checkpoint there; returns them.
+    """Trains adapters of a base in `out`, going on from the checkpoint there; returns them, where the base lies.
 
     Args:
       batches: step -> the rows of that step, always of the same shapes.
@@ -144,7 +144,8 @@ def finetune(
       progress: called after every step.
 
     Raises:
-      ValueError: adapters that do not fit the base; nothing to train; a folder of another run or base.
+      ValueError: adapters that do not fit the base; nothing to train; a folder of another base, start, key, `config`
+        or `adapters`. Other `batches`, `trainable` or `penalty` go unnoticed: they belong in the folder's name.
       NotFinite: a loss or gradient that is not; the step is not saved.
       KeyboardInterrupt: after Ctrl-C, once the state is saved.
     """
@@ -173,7 +174,13 @@ def finetune(
                 state = saved.restore(state)
             run = functools.partial(step_fn, params, router_state, frozen, jax.random.fold_in(key, 1))
             state = _loop(state, run, batches, config, mesh, saved, out, progress)
-        return merged(state.trained, frozen)
+        return jax.device_put(merged(state.trained, frozen), whole_beside(base.params))
+
+
+def whole_beside(params: Any) -> Sharding:
+    """On every device that a base lies on, whole: both are arguments of one program, whatever mesh trained them."""
+    lies = jax.tree.leaves(params)[0].sharding
+    return NamedSharding(lies.mesh, P()) if isinstance(lies, NamedSharding) else lies
 
 
 def split(tree: Any, chosen: Callable[[str], bool]) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ import pytest
 
 from experiments.config import OptimizerConfig
 from experiments.finetune import (
+    AdaptedScorer,
     AdapterState,
     Base,
     FinetuneConfig,
@@ -36,6 +37,7 @@ from moe.lora import presets
 from moe.lora.adapters import init_adapters, parameter_count
 from moe.transformer import Transformer, init_params
 from parallel.mesh import make_mesh
+from parallel.sharding import tree_shardings
 
 DIGITS = 4
 MODEL = ModelConfig(
@@ -132,6 +134,22 @@ def test_one_device_and_eight_train_the_same(base, key, tmp_path):
     change = optax.tree.norm(jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), one, first))
     apart = optax.tree.norm(jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), one, eight))
     assert apart < 0.02 * change  # AdamW's first steps are signs: an entry near zero may flip
+
+
+@pytest.mark.parametrize("where", [None, make_mesh(), make_mesh(fsdp=2)], ids=["one", "mesh of one", "sharded"])
+def test_adapters_come_back_to_where_the_base_lies_and_are_scored_there(base, key, tmp_path, where):
+    params = base.params if where is None else jax.device_put(base.params, tree_shardings(base.params, where))
+    lies = base._replace(params=params)
+    tree = finetune(lies, MIXLORA, batches, CONFIG, key, tmp_path, mesh=make_mesh(data=2))
+    devices = jax.tree.leaves(params)[0].sharding.device_set
+    assert all(leaf.sharding.device_set == devices for leaf in jax.tree.leaves(tree))
+    made = symbolic.batch("test", 0, ["copy"], 0, 8, DIGITS)
+    here = answered(base, MIXLORA, jax.device_get(tree), made, size=8)
+    np.testing.assert_allclose(answered(lies, MIXLORA, tree, made, size=8).nats, here.nats, rtol=1e-4)
+    tokens = np.asarray(made.tokens)
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32)[None], tokens.shape)
+    scorer = AdaptedScorer(lies, MIXLORA, tree, 8)
+    assert np.isfinite(scorer.hidden(tokens, np.asarray(made.segment_ids), positions)).all()
 
 
 def test_stopped_and_called_again_it_ends_where_it_would_have(base, key, tmp_path):
