@@ -269,11 +269,7 @@ def collect(
     }
     verdicts = judged(preset, arms)
     series = {arm: [results[arm, seed].series for seed in range(preset.seeds)] for arm in preset.arms}
-    configs = {name: settings_of(arm) for name, arm in everything(preset).items()}
-    for flat in configs.values():  # where a corpus or a model lies says nothing to others
-        for key in ("data.corpus", "init.source"):
-            if flat.get(key):
-                flat[key] = Path(flat[key]).resolve().name
+    configs = {name: without_places(settings_of(arm)) for name, arm in everything(preset).items()}
     return {
         "experiment": experiment.name,
         "preset": preset_name,
@@ -292,6 +288,14 @@ def collect(
         },
         "series": within_limit(series),
     }
+
+
+def without_places(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings whose paths are names alone: where a corpus, a model or adapters lie says nothing to others."""
+    name = lambda path: Path(path).resolve().name if path else path  # noqa: E731
+    named = lambda value: list(map(name, value)) if isinstance(value, list) else name(value)  # noqa: E731
+    places = ("corpus", "source", "folders")
+    return {key: named(value) if key.rpartition(".")[2] in places else value for key, value in flat.items()}
 
 
 def summary(runs: Sequence[FitResult]) -> dict[str, Any]:

@@ -123,6 +123,16 @@ def test_result_names_no_path_of_the_machine_and_no_host(fit, tmp_path, monkeypa
     assert json.loads(text)["provenance"]["config"]["low"]["data.corpus"] == "my-corpus"
 
 
+def test_names_of_models_and_folders_stay_and_their_places_do_not(tmp_path):
+    settings = {
+        "init.source": "parent:dense", "world.source": str(tmp_path / "llama"), "world.model.source_of": "a/b",
+        "folders": [str(tmp_path / "one"), str(tmp_path / "two")], "data.corpus": "packaged", "source": "",
+        "rival": None,
+    }  # fmt: skip
+    changed = {"world.source": "llama", "folders": ["one", "two"]}
+    assert runner.without_places(settings) == settings | changed
+
+
 def test_repeating_the_command_trains_nothing_again(fit, tmp_path):
     first = quiet(tmp_path / "out")
     again = quiet(tmp_path / "out")
