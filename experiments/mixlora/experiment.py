@@ -16,11 +16,12 @@ has the number of trainable parameters that whole ranks allow (`matched`): LoRA 
 questions of the test split, none of which was trained on. A task is used if the base, or LoRA trained on it alone,
 beats the commonest answer by 5 points on the validation split.
 
-All methods have one rate, as in the paper: the one of RATES with which LoRA has the highest `multi_accuracy` of the
-validation split (preset `rates`, at a seed of its own). It is the baseline that is tuned. It came out as 1e-3: 0.995,
-against 0.775 at 3e-3 and 0.764 at 1e-2. But at 1e-3 LoRA alone does not learn to add in its steps, so that task is
-dropped there; counted as wrong it would have made 3e-3 the choice (0.746 against 0.775), and there LoRA's drop was
-0.159 and MixLoRA's 0.015, at 1e-3 -0.009 and -0.014. cpu-long shows both methods at 3e-3 too; no claim speaks of them.
+All methods have one rate, as in the paper: the one of RATES with which LoRA on all four tasks has the highest accuracy
+of the validation split (preset `rates`, at a seed of its own), a task that it cannot do alone counted as wrong. It is
+the baseline that is tuned. It came out as 3e-3: 0.775, against 0.746 at 1e-3 (0.995 of three tasks; it does not learn
+to add there, alone or together) and 0.573 at 1e-2 (0.764 of three). At that seed LoRA's drop was 0.159 and MixLoRA's
+0.015; at 1e-3, of three tasks, -0.009 and -0.014. The choice decides what can be seen: cpu-long shows both methods at
+1e-3 too; no claim speaks of them.
 
     lora            rank about 5 r in every map
     mixlora         8 experts of rank r, 2 active, balance loss at 1e-2 (the paper's text)
@@ -47,7 +48,7 @@ from experiments.experiment import Experiment, Preset, Study
 Method = Callable[..., Any]
 DROP, BETTER = 0.017, 0.033  # shares of 1, see above
 RATES = (1e-3, 3e-3, 1e-2)
-RATE, OTHER_RATE = 1e-3, 3e-3
+RATE, OTHER_RATE = 3e-3, 1e-3
 AUX = 1e-2
 RANK, STEPS, BATCH = 2, 300, 64  # of MixLoRA; of each task; rows of a step
 TASKS = ("question-types", "sentiment-film", "sarcasm", "quartz", "sms-spam")  # of the larger models
@@ -143,7 +144,7 @@ def cpu() -> Preset:
 
 
 def rates() -> Preset:
-    """What RATE is chosen from, by LoRA's `multi_accuracy` on validation; MixLoRA's is shown beside it."""
+    """What RATE is chosen from, by LoRA on validation; MixLoRA is shown beside it."""
     from experiments.mixlora.worlds import Symbolic
 
     methods = {name: main_methods()[name] for name in ("lora", "mixlora")}

@@ -39,7 +39,8 @@ class Context(NamedTuple):
 
 
 class LoRA(NamedTuple):
-    """A [E, d, r] ([1, d, r] where experts share it), B [E, r, o], and DoRA's m [E, o] or None; E = 1 if plain."""
+    """A [E, d, r] ([1, d, r] where experts share it), B [E, r, o], and DoRA's m [E, o] float32 or None; E = 1 if
+    plain."""
 
     a: Array
     b: Array
@@ -59,11 +60,6 @@ class Choice(NamedTuple):
         weights = self.weights * self.kept
         return jnp.einsum("tk,tke->te", weights, jax.nn.one_hot(self.indices, num_experts, dtype=weights.dtype))
 
-    @property
-    def frozen(self) -> Array:
-        """Weight of the frozen map alone, [T]: of the slots a policy dropped."""
-        return jnp.sum(self.weights * ~self.kept, axis=-1)
-
 
 def column_norms(weight: Array, lora: LoRA, scale: float) -> Array:
     """|W + s A_e B_e| over inputs, [E, o] float32: |W|^2 + 2 s diag(B^T A^T W) + s^2 diag(B^T A^T A B), so that no
@@ -78,9 +74,10 @@ def column_norms(weight: Array, lora: LoRA, scale: float) -> Array:
 
 
 def direction_scale(weight: Array, lora: LoRA, scale: float) -> Array:
-    """m_e / |W + s A_e B_e|, [E, o]: what DoRA multiplies an adapted map's outputs with."""
+    """m_e / |W + s A_e B_e|, [E, o] float32: what DoRA multiplies an adapted map's outputs with. It is near 1, where
+    bfloat16 has steps of a hundredth: what is multiplied by in a narrower type is its distance from 1."""
     assert lora.magnitude is not None
-    return (lora.magnitude / column_norms(weight, lora, scale)).astype(lora.magnitude.dtype)
+    return lora.magnitude / column_norms(weight, lora, scale)
 
 
 def mixed(x: Array, base: Array, weight: Array, lora: LoRA, gates: Array | None, scale: float) -> Array:
@@ -121,7 +118,7 @@ class MixedLoRADense(nn.Module):
         magnitude = None
         if cfg.dora:
             norms = lambda: jnp.tile(jnp.linalg.norm(weight.astype(jnp.float32), axis=0)[None], (experts, 1))  # noqa: E731
-            magnitude = self.variable(COLLECTION, "magnitude", norms).value.astype(dtype)
+            magnitude = self.variable(COLLECTION, "magnitude", norms).value
         return LoRA(a.value.astype(dtype), b.value.astype(dtype), magnitude)
 
     def first_a(self, shape: tuple[int, ...]) -> Array:

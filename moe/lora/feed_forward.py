@@ -106,7 +106,7 @@ def _by_slot(x: Array, base: Array, weight: Array, lora: LoRA | None, choice: Ch
     change = scale * _slots(x[:, None], lora, choice)
     if lora.magnitude is None:
         return base[:, None] + change
-    return (base[:, None] + change) * _factors(weight, lora, choice, scale)
+    return _scaled(base[:, None] + change, weight, lora, choice, scale)
 
 
 def _down(
@@ -132,7 +132,7 @@ def _down(
         change = summed(seen, lora.a, lora.b, choice.indices, weights * choice.kept)
         return total @ weight + scale * change
     change = scale * _slots(seen, lora, choice)
-    slots = (hidden @ weight + change) * _factors(weight, lora, choice, scale)
+    slots = _scaled(hidden @ weight + change, weight, lora, choice, scale)
     return jnp.einsum("tk,tkd->td", weights, slots)
 
 
@@ -144,7 +144,7 @@ def _slots(x: Array, lora: LoRA, choice: Choice) -> Array:
     )
 
 
-def _factors(weight: Array, lora: LoRA, choice: Choice, scale: float) -> Array:
-    """DoRA's factor of each slot's outputs, [T, K, o]; 1 where the slot is not kept."""
-    factors = direction_scale(weight, lora, scale)[choice.indices]
-    return jnp.where(choice.kept[..., None], factors, 1.0).astype(weight.dtype)
+def _scaled(slots: Array, weight: Array, lora: LoRA, choice: Choice, scale: float) -> Array:
+    """slots [T, K, o] times DoRA's factor of each slot's expert; as they are where the slot is not kept."""
+    beyond = direction_scale(weight, lora, scale)[choice.indices] - 1.0
+    return slots + slots * jnp.where(choice.kept[..., None], beyond, 0.0).astype(slots.dtype)

@@ -43,7 +43,7 @@ def balance(sites: Mapping[str, RoutingStats], top_k: int, count: Count = "slots
 
 def _balance(stats: RoutingStats, top_k: int, count: Count) -> Array:
     total, counts, k = jnp.sum(stats.tokens[0]), stats.counts, top_k
-    if count == "argmax":  # slots are in falling order of probability, for every router of adapters
+    if count == "argmax":  # the first slot, which softmax and top-p routers give the likeliest
         first, num_experts = stats.indices[..., 0], stats.counts.shape[-1]
         counts, k = jnp.sum(jax.nn.one_hot(first, num_experts), axis=2), 1
     frequency = selection_frequency(counts.sum(axis=1), stats.tokens.sum(axis=1), k)
@@ -93,7 +93,7 @@ def proximal_loss(adapters: Any, anchor: Any) -> Array:
 
 
 def router_losses(sites: Mapping[str, RoutingStats]) -> Array:
-    """The routers' own terms (z-loss, a top-p router's entropy), per token, mean over layers and sites."""
+    """The routers' own terms (a top-p router's entropy), per token, mean over layers and sites."""
     sums = [jnp.sum(term) / jnp.maximum(jnp.sum(one.tokens), 1.0)
             for one in sites.values() for term in one.router_losses.values()]  # fmt: skip
     return sum(sums, jnp.float32(0)) / max(len(sites), 1)

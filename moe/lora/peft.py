@@ -6,7 +6,8 @@
 
 Ours have one rank and one scale. Of a folder whose maps differ (rank_pattern, alpha_pattern) the rank is the largest,
 the others are padded with zeros, and a scale that differs is folded into B. Where all are alike, as usual, numbers are
-moved and never changed: a folder that is read and written has the same tensors to the bit.
+moved and never changed: a float32 folder that is read and written has the same tensors to the bit. One of another type
+is widened to float32, which changes no number, and written so.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ LEAVES = {"lora_A": "a", "lora_B": "b", "lora_magnitude_vector": "magnitude"}
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": ("none",), "fan_in_fan_out": (False,), "modules_to_save": (None, []), "layer_replication": (None, []),
     "lora_bias": (False,), "target_parameters": (None, []), "trainable_token_indices": (None,), "use_qalora": (False,),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # others change the base's weights too
     "use_bdlora": (None,), "alora_invocation_tokens": (None,), "arrow_config": (None,), "megatron_config": (None,),
 }  # fmt: skip
 
@@ -67,9 +69,7 @@ def read_peft(folder: Path, config: ModelConfig) -> tuple[AdapterConfig, Any]:
     for name, neutral in NEUTRAL.items():
         require(raw.get(name, neutral[0]) in neutral, f"{CONFIG} {name}", raw.get(name), f"{neutral[0]!r}")
     for name in ("r", "lora_alpha"):
-        value = raw.get(name)
-        ok = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-        require(ok, f"{CONFIG} {name}", value, "a positive number")
+        _positive(raw.get(name), f"{CONFIG} {name}")
     source = open_safetensors(folder / WEIGHTS)
     found = _by_module(source)
     modules = [_module(raw, layer, target, found[layer, target], source) for layer, target in sorted(found)]
@@ -117,10 +117,22 @@ def _module(
 
 def _patterned(raw: Mapping[str, Any], module: str, pattern: str, default: str) -> float:
     """The module's own value, of the first key that as a regular expression ends its name, or the common one."""
-    for key, value in (raw.get(pattern) or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
+    patterns = raw.get(pattern) or {}
+    require(isinstance(patterns, dict), f"{CONFIG} {pattern}", patterns, "an object")
+    for key, value in patterns.items():
+        try:
+            found = re.match(rf"(.*\.)?({key})$", module)
+        except re.error as error:
+            raise ValueError(f"{CONFIG} {pattern} = {key!r}: expected a regular expression ({error})") from None
+        if found:
+            return _positive(value, f"{CONFIG} {pattern} {key}")
     return raw[default]
+
+
+def _positive(value: Any, field: str) -> float:
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    require(ok, field, value, "a positive number")
+    return value
 
 
 def _tree(

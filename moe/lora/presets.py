@@ -46,8 +46,10 @@ def mixlora_dynamic(rank: int = 16, alpha: float = 32.0, num_experts: int = 8, *
 
 
 def mixlora_switch(rank: int = 16, alpha: float = 32.0, num_experts: int = 8, **more: Any) -> AdapterConfig:
-    """MixLoRA's top-1 with a capacity for each sequence, repaired: a token over capacity goes through the frozen
-    feed-forward. (The released one returns its normalised input, and at inference does so for all tokens.)"""
+    """After MixLoRA's top-1 with a capacity for each sequence, repaired: a token over capacity goes through the frozen
+    feed-forward. (The released one returns its normalised input, and at inference does so for all tokens.) Weights are
+    Switch's, p of the chosen expert, so that with B = 0 it is not the frozen model but p times its feed-forward. The
+    released capacity is 32 tokens, here 1.25 times the balanced load, and its z-loss of 1e-3 is the caller's to add."""
     policy = "capacity(factor=1.25, group=1, order='token')"
     experts = ExpertsConfig(num_experts, 1, router="switch(jitter=0.01)", policy=policy, router_std=1.0)
     return AdapterConfig(rank, alpha, experts=experts, **more)

@@ -15,7 +15,7 @@ from moe.layer import MoELayer
 from moe.lora import presets
 from moe.lora.adapters import init_adapters, matched_modules, require_adapters
 from moe.lora.config import AdapterConfig, ExpertsConfig
-from moe.lora.dense import Choice, LoRA, column_norms
+from moe.lora.dense import Choice, LoRA, column_norms, direction_scale, mixed
 from moe.lora.feed_forward import mix_lora_feed_forward
 from moe.lora.losses import balance, mixlora_balance, proximal_loss, routing_specialization_loss
 from moe.losses import RoutingStats, routing_stats
@@ -181,7 +181,7 @@ def test_a_label_leaves_other_experts_alone():
 
 def test_all_experts_softly_are_all_of_them_chosen():
     params, soft = base(), presets.lora_mixer(4, 8.0)
-    tree = trained(soft, params)
+    tree = trained(soft)
     assert soft.experts is not None
     unnormalised = replace(soft, experts=replace(soft.experts, router="softmax_topk(renormalize=False)"))
     assert_close(logits(params, soft, tree), logits(params, unnormalised, tree))
@@ -203,6 +203,23 @@ def test_column_norms_without_the_product():
     weight = jax.random.normal(jax.random.key(2), (D, F))
     own = np.asarray(weight)[None] + 1.5 * np.einsum("edr,ero->edo", lora.a, lora.b)
     np.testing.assert_allclose(column_norms(weight, lora, 1.5), np.linalg.norm(own, axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dora", "mixdora"])
+def test_magnitudes_are_not_rounded_to_the_compute_type(name: str):
+    """In bfloat16 DoRA starts as the frozen model, every column of it, and a magnitude 0.3% larger is seen."""
+    low, config = replace(CONFIG, compute_dtype="bfloat16"), getattr(presets, name)(4, 8.0)
+    params = base()
+    fresh = init_adapters(CONFIG, config, params, jax.random.key(0))
+    np.testing.assert_allclose(run(params, config, fresh, config=low).hidden.astype(np.float32),
+                               run(params, config=low).hidden.astype(np.float32), atol=0.05)  # fmt: skip
+    weight, lora = params["runs_0"]["ffn"]["down"][0].astype(jnp.bfloat16), fresh["runs_0"]["ffn"]["lora_down"]
+    held = LoRA(lora["a"][0].astype(jnp.bfloat16), lora["b"][0].astype(jnp.bfloat16), 1.003 * lora["magnitude"][0])
+    np.testing.assert_allclose(direction_scale(weight, held, 2.0), 1.003, atol=1e-3)
+    x = jnp.ones((1, 48), jnp.bfloat16)
+    grown = mixed(x, x @ weight, weight, jax.tree.map(lambda leaf: leaf[:1], held._replace(
+        magnitude=1.02 * lora["magnitude"][0])), None, 2.0)  # fmt: skip
+    assert np.median((grown / (x @ weight)).astype(np.float32)) == pytest.approx(1.02, abs=0.006)
 
 
 # --- losses ---

@@ -106,6 +106,12 @@ def test_ours_comes_back_from_a_peft_folder(tmp_path: Path):
         jax.tree.map(np.testing.assert_array_equal, again, tree)
 
 
+def test_a_bfloat16_folder_is_read_as_it_is(llama: Pretrained, tmp_path: Path):
+    folder = broken(tmp_path, tensors=lambda found: found.update({k: v.astype(jnp.bfloat16) for k, v in found.items()}))
+    (_, tree), (_, wide) = (read_peft(path, llama.config) for path in (folder, FOLDERS / "lora"))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16).astype(np.float32)), tree, wide)
+
+
 # --- experts from folders ---
 
 
@@ -181,6 +187,10 @@ EIGHTH = FIRST.replace("layers.0", "layers.7")
         (lambda raw: raw.update(bias="all"), None, "adapter_config.json bias = 'all'"),
         (lambda raw: raw.update(modules_to_save=["lm_head"]), None, "modules_to_save"),
         (lambda raw: raw.update(lora_dropout=1.0), None, "adapters.dropout = 1.0"),
+        (lambda raw: raw.update(init_lora_weights="pissa"), None, "init_lora_weights = 'pissa'"),
+        (lambda raw: raw.update(alpha_pattern={"q_proj": "8"}), None, "alpha_pattern q_proj = '8': expected"),
+        (lambda raw: raw.update(rank_pattern={"(": 2}), None, "rank_pattern = '(': expected a regular expression"),
+        (lambda raw: raw.update(rank_pattern=[2]), None, "rank_pattern = [2]: expected an object"),
         (None, lambda found: found.pop(FIRST), "['b']: expected ['a', 'b']"),
         (None, lambda found: found.update({FIRST: zeros(4, 21)}), "as the base has it"),
         (None, lambda found: found.update({FIRST.replace("mlp.down_proj", "head"): zeros(4, 4)}), "layers.0.head"),
