@@ -49,7 +49,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -112,22 +111,18 @@ def arms(trial: Any, few: int = 0, **more: Any) -> dict[str, Study]:
     if few:
         trials |= {f"{name}_{FEW}": replace(trials[name], samples=few) for name in ("as_claimed", "no_loss")}
     trials["joint"] = replace(trial, method="joint", loss=replace(made["as_claimed"], proximal_weight=0.01))
-    rival = mola(trial.world.config(), trial.expert, len(trial.world.tasks))
-    trials["mola"] = replace(trial, method="rival", rival=rival)
+    trials["mola"] = replace(trial, method="rival", rival=mola(trial))
     trials |= {name: replace(trial, method=name) for name in ("oracle", "uniform", "best_single")}
     return {name: study(replace(one, **more)) for name, one in trials.items()}
 
 
-@cache
-def mola(config: Any, expert: Any, number: int) -> Any:
-    """MoLA with a rank at which it has about the parameters of `number` experts and their routers."""
-    from experiments.lora_mixer.study import soft
-    from experiments.mixlora.experiment import matched, with_rank
+def mola(trial: Any) -> Any:
+    """MoLA with a rank at which it has about the parameters of all experts and their routers."""
+    from experiments.lora_mixer.study import as_large
+    from experiments.mixlora.experiment import with_rank
     from moe.lora import presets
-    from moe.lora.adapters import parameter_count
 
-    make = partial(presets.mola, num_experts=number)
-    return with_rank(make, matched(make, config, parameter_count(config, soft(expert, number))))
+    return as_large(with_rank(presets.mola, trial.expert.rank, num_experts=len(trial.world.tasks)), trial)
 
 
 def expert(rank: int, dropout: float = 0.0) -> Any:

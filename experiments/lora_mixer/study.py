@@ -32,6 +32,7 @@ from experiments.finetune import (
     balanced,
     everything,
     finetune,
+    fingerprint,
     routers_only,
     split,
 )
@@ -80,11 +81,12 @@ class Trial:
     Attributes:
       method: who decides among the experts (METHODS).
       loss, samples: of router training; so many distinct rows, passed over again and again.
-      expert: the adapter of one task.
+      expert: the adapter of one task; of `folders` it has their rank and maps (`like_folders`), for what is made new.
       alone: how the adapter of a task is trained; `joint` and the rival take T times the steps for T tasks.
       routing: how routers are trained.
       served: k of the hard top-k (at most E).
-      rival: a mixture that is trained on all tasks at once, of as many parameters as all experts and routers.
+      rival: a mixture that is trained on all tasks at once, of as many parameters as all experts and routers, also
+        where `--set` changes those.
       folders: PEFT folders with the tasks' adapters, in the order of `world.tasks`; empty: they are trained here.
       margin: by how much a task's adapter must beat the commonest answer for the task to be used.
       first_seed, split: added to the seed, and what is scored: choices are made at a seed of their own, on validation.
@@ -133,14 +135,48 @@ class Mixture(NamedTuple):
 
 
 def study(trial: Trial) -> Study:
+    trial = like_folders(trial)
     return Study(
         functools.partial(run, trial),
         flatten(trial),
         trial.steps,
         functools.partial(check, trial),
         functools.partial(count, trial),
-        lambda settings: study(with_overrides(trial, settings)),
+        lambda settings: study(overridden(trial, settings)),
     )
+
+
+def overridden(trial: Trial, settings: Sequence[str]) -> Trial:
+    """With `--set` settings; a rival whose rank is not among them stays as large as all experts."""
+    made = like_folders(with_overrides(trial, settings))
+    if made.rival is None or trial.rival is None or made.rival.rank != trial.rival.rank:
+        return made
+    return replace(made, rival=as_large(made.rival, made))
+
+
+def as_large(rival: AdapterConfig, trial: Trial) -> AdapterConfig:
+    """With the rank at which it is closest to the size of all experts and their routers."""
+    config = trial.world.config()
+    return sibling.matched(rival, config, parameter_count(config, soft(trial.expert, len(trial.world.tasks))))
+
+
+def like_folders(trial: Trial) -> Trial:
+    """`expert` with the rank and the maps that the folders' adapters have side by side; `check` says what is wrong with
+    them."""
+    if not trial.folders:
+        return trial
+    try:
+        side_by_side, _ = stack_adapters(given(trial))
+    except ValueError:
+        return trial
+    rank, one = side_by_side.rank, trial.expert
+    expert = replace(one, rank=rank, alpha=one.alpha / one.rank * rank, targets=side_by_side.targets)
+    return replace(trial, expert=expert)
+
+
+def given(trial: Trial) -> list[tuple[AdapterConfig, Any]]:
+    """The adapters of the folders, in the order of the tasks."""
+    return [read_peft(Path(folder), trial.world.config()) for folder in trial.folders]
 
 
 def check(trial: Trial) -> None:
@@ -150,8 +186,12 @@ def check(trial: Trial) -> None:
     number = len(world.tasks)
     require(number >= 2, "world.tasks", world.tasks, "two or more, to decide among")
     require(len(trial.folders) in (0, number), "folders", trial.folders, f"none, or one for each of {world.tasks}")
-    for folder in trial.folders:
-        read_peft(Path(folder), world.config())
+    if trial.folders:
+        found = given(trial)
+        stack_adapters(found)
+        for folder, (_, tree) in zip(trial.folders, found):
+            moved = any(np.any(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if path[-1].key == "b")
+            require(moved, "folders", folder, "a trained adapter: B is zero everywhere")
     for name in ("balance_weight", "entropy_weight", "proximal_weight"):
         require(getattr(trial.loss, name) >= 0, f"loss.{name}", getattr(trial.loss, name), "0 or more")
     require((trial.rival is not None) == (trial.method == "rival"), "rival", trial.rival, "one for method = 'rival'")
@@ -241,10 +281,19 @@ class Place:
     done: int = 0
 
     def folder(self, what: str, *parts: Any) -> Path:
-        """By everything that a piece is a function of, but for the base and the seed."""
+        """By everything that a piece is a function of, but for the seed: of models and adapters that were read, by what
+        they hold."""
         trial = self.trial
-        key = (trial.expert, trial.alone, trial.world, trial.folders, *parts)
+        key = (trial.expert, trial.alone, trial.world, trial.folders, *self.contents, *parts)
         return self.shared / f"{zlib.crc32(repr(key).encode()):08x}-{what}"
+
+    @functools.cached_property
+    def contents(self) -> tuple[int, ...]:
+        return fingerprint(self.base.params), *(fingerprint(tree) for _, tree in self.given)
+
+    @functools.cached_property
+    def given(self) -> list[tuple[AdapterConfig, Any]]:
+        return given(self.trial)
 
     def train(
         self, what: str, folder: Path, adapters: AdapterConfig, batches: Callable[[int], Batch], config: FinetuneConfig,
@@ -260,7 +309,7 @@ class Place:
     def expert(self, task: str) -> tuple[AdapterConfig, Any, Path]:
         trial, folder = self.trial, self.folder(task)
         if trial.folders:
-            return (*read_peft(Path(trial.folders[trial.world.tasks.index(task)]), self.base.config), folder)
+            return (*self.given[trial.world.tasks.index(task)], folder)
         batches = trial.world.batches([task], self.seed, trial.alone.batch_size)
         return trial.expert, self.train(task, folder, trial.expert, batches, trial.alone), folder
 
@@ -303,11 +352,11 @@ class Place:
         return {task: self.accuracy(*one, task, self.trial.split) for task in tasks}
 
     def probed(self, mixture: Mixture, tasks: Sequence[str]) -> dict[str, Probe]:
-        """Of rows that no expert and no router was trained on in `Symbolic`; of a package's training examples."""
+        """Of rows of the validation split, which no expert and no router was trained on."""
         size = self.trial.routing.batch_size
         found = {}
         for task in tasks:
-            batches = self.trial.world.batches([task], self.seed + PROBED, size)
+            batches = self.trial.world.batches([task], self.seed + PROBED, size, "validation")
             parts = [probe(self.base, mixture.adapters, mixture.tree, batches(step)) for step in range(PROBES)]
             found[task] = jax.tree.map(lambda *leaves: sum(leaves), *parts)
         return found

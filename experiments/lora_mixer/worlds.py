@@ -35,8 +35,8 @@ class Alphabets(Symbolic):
         which = samples // len(symbolic.PRETRAINING) % len(ALPHABETS)  # each map in each alphabet
         return made | {"tokens": jnp.asarray(written(np.asarray(made["tokens"][0]), which)[None])}
 
-    def batches(self, names: Sequence[str], seed: int, size: int) -> Callable[[int], Batch]:
-        plain = super().batches(names, seed, size)
+    def batches(self, names: Sequence[str], seed: int, size: int, split: str = "train") -> Callable[[int], Batch]:
+        plain = super().batches(names, seed, size, split)
         return lambda step: own_alphabets(plain(step), names)
 
     def scored(self, base: Base, adapters: AdapterConfig | None, tree: Any, task: str, split: str, seed: int) -> Score:

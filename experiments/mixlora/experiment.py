@@ -38,7 +38,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,29 +75,19 @@ def with_rank(make: Method, rank: int, **more: Any) -> Any:
     return make(rank=rank, alpha=2.0 * rank, **more)
 
 
-@cache
-def matched(make: Method, config: Any, size: int) -> int:
-    """The rank at which a method's number of trainable parameters, linear in it, is closest to `size`."""
-    from moe.lora.adapters import parameter_count
-
-    one, two = (parameter_count(config, with_rank(make, rank)) for rank in (1, 2))
-    return max(1, 1 + round((size - one) / (two - one)))
-
-
 def arms(
     world: Any, rank: int, tuning: Any, methods: Mapping[str, tuple[Method, float]], dropout: float = 0.0, **trial: Any
 ) -> dict[str, Study]:
     """Each method at the size of MixLoRA of `rank`, with the weight of its balance loss."""
-    from experiments.mixlora.study import Trial, study
+    from experiments.mixlora.study import Trial, matched, study
     from moe.lora import presets
     from moe.lora.adapters import parameter_count
 
-    config = world.config()
-    size = parameter_count(config, with_rank(presets.mixlora, rank))
-    made = lambda make: with_rank(make, matched(make, config, size), dropout=dropout)  # noqa: E731
-    reference = made(presets.lora)
+    config, ours = world.config(), with_rank(presets.mixlora, rank)
+    made = lambda make: matched(with_rank(make, rank, dropout=dropout), config, parameter_count(config, ours))  # noqa: E731
+    trial = {"reference": made(presets.lora), "world": world, "tuning": tuning, "equal_to": ours, **trial}
     return {
-        name: study(Trial(made(make), reference, weight, world, tuning, alone="no_aux" not in name, **trial))
+        name: study(Trial(made(make), balance_weight=weight, alone="no_aux" not in name, **trial))
         for name, (make, weight) in methods.items()
     }
 

@@ -34,7 +34,7 @@ from experiments.overrides import flatten, with_overrides
 from experiments.step import make_optimizer
 from experiments.tasks.training import Batch
 from experiments.train import loss_curve, read_lines
-from moe.config import require
+from moe.config import ModelConfig, require
 from moe.lora.adapters import abstract_adapters, parameter_count
 from moe.lora.config import AdapterConfig
 from moe.metrics import max_violation
@@ -49,6 +49,8 @@ class Trial:
     Attributes:
       adapters, balance_weight: the method; the weight is of each layer's balance loss (uniform routing gives 1).
       reference: what a task must be learnt by, alone, to be used (`passing`).
+      equal_to: whose number of parameters both have, in whole ranks, also where `--set` changes the model; None: ranks
+        are as they are.
       tuning: how adapters are trained; `steps` are those of one task: T tasks together have T times as many.
       margin: by how much the reference, or the base, must beat the commonest answer.
       alone: adapters of single tasks too; without them there is nothing to say about a drop.
@@ -66,17 +68,42 @@ class Trial:
     alone: bool = True
     first_seed: int = 0
     split: str = "test"
+    equal_to: AdapterConfig | None = None
+
+    @property
+    def steps(self) -> int:
+        """Of the reference on single tasks, of the method on them, and on all together."""
+        return (2 + self.alone) * self.tuning.steps * len(self.world.tasks)
 
 
 def study(trial: Trial) -> Study:
     return Study(
         functools.partial(run, trial),
         flatten(trial),
-        (1 + trial.alone) * trial.tuning.steps * len(trial.world.tasks),
+        trial.steps,
         functools.partial(check, trial),
         functools.partial(count, trial),
-        lambda settings: study(with_overrides(trial, settings)),
+        lambda settings: study(overridden(trial, settings)),
     )
+
+
+def overridden(trial: Trial, settings: Sequence[str]) -> Trial:
+    """With `--set` settings; ranks that are not among them are those of the new model's equal sizes."""
+    made = with_overrides(trial, settings)
+    if made.equal_to is None:
+        return made
+    config, names = made.world.config(), ("adapters", "reference")
+    size = parameter_count(config, made.equal_to)
+    kept = {name: getattr(made, name) for name in names if getattr(made, name).rank == getattr(trial, name).rank}
+    return replace(made, **{name: matched(adapters, config, size) for name, adapters in kept.items()})
+
+
+@functools.cache
+def matched(adapters: AdapterConfig, config: ModelConfig, size: int) -> AdapterConfig:
+    """With the rank at which their number of parameters, linear in it, is closest to `size`; alpha / rank stays."""
+    with_rank = lambda rank: replace(adapters, rank=rank, alpha=adapters.alpha / adapters.rank * rank)  # noqa: E731
+    one, two = (parameter_count(config, with_rank(rank)) for rank in (1, 2))
+    return with_rank(max(1, 1 + round((size - one) / (two - one))))
 
 
 def check(trial: Trial) -> None:
@@ -138,6 +165,7 @@ class Place:
             majority = world.majority(task, "validation", self.seed)
             before = world.scored(self.base, None, None, task, "validation", self.seed).accuracy
             after = alone.scored([task], [task], "validation")[task].accuracy
+            self.done = alone.done
             if max(before, after) - majority >= self.trial.margin:
                 used.append(task)
             for name, value in (("majority", majority), ("base", before), ("reference", after)):
@@ -196,5 +224,5 @@ def count(trial: Trial) -> dict[str, float | int]:
     return {
         "frozen_parameters": frozen, "trainable_parameters": trainable, "frozen_bytes": width * frozen,
         **state_bytes(config, adapters, tuning.optimizer), "tokens_per_step": tuning.batch_size * length,
-        "steps": (1 + trial.alone) * tuning.steps * len(trial.world.tasks),
+        "steps": trial.steps,
     }  # fmt: skip

@@ -98,8 +98,8 @@ class Symbolic:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1], dtype=jnp.int32)[None, None], tokens.shape)
         return {"tokens": tokens, "segment_ids": (tokens != symbolic.PAD).astype(jnp.int32), "positions": positions}
 
-    def batches(self, names: Sequence[str], seed: int, size: int) -> Callable[[int], Batch]:
-        return lambda step: symbolic.batch("train", seed, names, size * step, size, self.digits)
+    def batches(self, names: Sequence[str], seed: int, size: int, split: str = "train") -> Callable[[int], Batch]:
+        return lambda step: symbolic.batch(split, seed, names, size * step, size, self.digits)
 
     def scored(self, base: Base, adapters: AdapterConfig | None, tree: Any, task: str, split: str, seed: int) -> Score:
         """Exact matches. The questions of every seed are others."""
@@ -160,8 +160,8 @@ class Packaged:
         progress(0, f"reading {Path(self.source).name}")
         return _read(self.source, self.dtype)
 
-    def batches(self, names: Sequence[str], seed: int, size: int) -> Callable[[int], Batch]:
-        tasks = [_tokenized(self.source, name, self.longest_row) for name in names]
+    def batches(self, names: Sequence[str], seed: int, size: int, split: str = "train") -> Callable[[int], Batch]:
+        tasks = [_tokenized(self.source, name, self.longest_row, split) for name in names]
         return lambda step: mixture(tasks, seed, step, size)
 
     def scored(self, base: Base, adapters: AdapterConfig | None, tree: Any, task: str, split: str, seed: int) -> Score:
@@ -192,11 +192,11 @@ def _read(source: str, dtype: str) -> Base:
 
 
 @functools.lru_cache(maxsize=16)
-def _tokenized(source: str, task: str, longest: int) -> Tokenized:
+def _tokenized(source: str, task: str, longest: int, split: str) -> Tokenized:
     from experiments.evaluation.text import open_words
     from experiments.tasks.catalogue import load_examples
 
-    return tokenized(task, load_examples(task, "train"), open_words(source, pretrained_config(source)), longest)
+    return tokenized(task, load_examples(task, split), open_words(source, pretrained_config(source)), longest)
 
 
 @functools.lru_cache(maxsize=32)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from experiments.config import MeshConfig
+from experiments.data.shards import SPLITS
 from experiments.experiment import Study, studies
 from experiments.finetune import Base, finetune, routers_only
 from experiments.lora_mixer import study as module
@@ -40,7 +43,8 @@ from experiments.mixlora.worlds import Packaged, Symbolic
 from experiments.run import run as run_preset
 from experiments.tasks import symbolic
 from moe.config import MoEConfig
-from moe.lora.adapters import init_adapters
+from moe.lora import presets
+from moe.lora.adapters import init_adapters, parameter_count
 from moe.lora.config import AdapterConfig
 from moe.lora.losses import routing_specialization_loss
 from moe.lora.peft import write_peft
@@ -239,6 +243,55 @@ def test_experts_from_folders_are_the_experts_that_were_written(place, tmp_path)
     assert set(config.targets) == set(other.targets)
     assert all(same(ours, theirs).values())
     assert at.folder("copy") != there.folder("copy")
+    made = study(replace(trial, method="rival", rival=presets.mola(2, 4.0, num_experts=3))).override
+    assert made is not None
+    settings = made(["samples=32"]).settings
+    assert (settings["expert.rank"], settings["expert.alpha"]) == (3, 6.0)
+    size = parameter_count(WORLD.model, presets.mola(settings["rival.rank"], num_experts=3))
+    assert size == pytest.approx(parameter_count(WORLD.model, soft(wide, 3)), rel=0.2)
+
+
+def test_adapters_and_bases_that_are_others_at_the_same_place_are_not_taken_for_them(place, tmp_path):
+    at, experts = place
+    folders = tuple(str(tmp_path / task) for task in TASKS)
+    for task, (adapters, tree, _) in experts.items():
+        write_peft(tmp_path / task, WORLD.model, adapters, tree)
+    there = lambda base: replace(at, base=base, trial=replace(TRIAL, folders=folders)).folder("copy")  # noqa: E731
+    first = there(at.base)
+    assert first == there(at.base)
+    assert first != there(at.base._replace(params=moved(at.base.params, jax.random.key(1), 0.01)))
+    shutil.rmtree(tmp_path / "sort")
+    write_peft(tmp_path / "sort", WORLD.model, *experts["copy"][:2])
+    assert first != there(at.base)
+
+
+@pytest.mark.parametrize(("dora", "size", "named"), [
+    (True, 0.3, "plain LoRA or rsLoRA"), (False, 0.0, "B is zero everywhere")])  # fmt: skip
+def test_folders_that_cannot_be_mixed_are_refused_first(dora, size, named, place, tmp_path):
+    adapters = replace(TRIAL.expert, dora=dora)
+    tree = init_adapters(WORLD.model, adapters, place[0].base.params, jax.random.key(7))
+    for task in TASKS:
+        write_peft(tmp_path / task, WORLD.model, adapters, moved(tree, jax.random.key(8), size) if size else tree)
+    with pytest.raises(ValueError, match=named):
+        study(replace(TRIAL, folders=tuple(str(tmp_path / task) for task in TASKS))).check()
+
+
+def test_routers_are_looked_at_with_questions_that_nothing_is_trained_on(place, monkeypatch):
+    at, experts = place
+    seen = []
+    monkeypatch.setattr(module, "probe", lambda base, adapters, tree, batch: seen.append(batch) or Probe({}, {}, {}, 1))
+    at.probed(uniform(at, experts), ["copy"])
+    tokens = np.concatenate([batch.tokens for batch in seen])
+    digits = tokens[:, 1 : 1 + WORLD.digits].astype(np.int64) - symbolic.ZERO
+    codes = symbolic.split_codes((digits @ 10 ** np.arange(WORLD.digits)[::-1]).astype(np.uint64))
+    assert set(codes.tolist()) == {SPLITS.index("validation")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["router_only", "joint"])
+def test_what_two_devices_train_is_scored(method, tmp_path):
+    metrics, _ = run(replace(TRIAL, method=method, mesh=MeshConfig(data=2)), 0, tmp_path / "arm", QUIET)
+    assert 0.0 <= metrics["mean_accuracy"] <= 1.0
 
 
 def test_every_digit_says_which_alphabet_it_is_of_and_rows_are_the_same_otherwise():

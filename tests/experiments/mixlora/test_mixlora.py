@@ -11,7 +11,7 @@ from rich.console import Console
 
 from experiments.experiment import Study, studies
 from experiments.finetune import answered
-from experiments.mixlora import experiment
+from experiments.mixlora import experiment, worlds
 from experiments.mixlora.experiment import EXPERIMENT, arms, main_methods, other_methods, tuning
 from experiments.mixlora.study import Trial, run, study
 from experiments.mixlora.worlds import Packaged, Symbolic
@@ -80,11 +80,12 @@ def test_pieces_are_shared_kept_and_the_same_after_ctrl_c(tmp_path):
     assert len(list(shared.iterdir())) == 7  # only LoRA on both was missing
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
     assert "max_violation" not in metrics
-    assert [step for step, note in told if "copy + reverse" in note] == [7, 8, 9, 10, 11, 12]
-    assert study(lora).steps == 12
+    assert [step for step, note in told if "copy + reverse" in note] == [13, 14, 15, 16, 17, 18]
+    assert [step for step, _ in told] == sorted(step for step, _ in told)
+    assert study(lora).steps == 18
 
     def stop(step, note):
-        if "copy + reverse" in note and step == 8:
+        if "copy + reverse" in note and step == 14:
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
@@ -143,10 +144,32 @@ def test_settings_are_set(tmp_path):
     one = study(TRIAL).override
     assert one is not None
     changed = one(["tuning.steps=5", "world.test_rows=8", "adapters.alpha=4"])
-    assert changed.steps == 2 * 5 * 2
+    assert changed.steps == 3 * 5 * 2
     assert changed.settings["world.test_rows"] == 8
     with pytest.raises(ValueError, match="--set = 'nothing'"):
         one(["nothing=1"])
+
+
+def test_sizes_are_equal_on_the_model_that_is_set_too(monkeypatch):
+    """Grouped queries and a wide feed-forward, unlike what ranks were matched on when the preset was made."""
+    shape = experiment.llama(1024, 2, 16, 2, 8192, 1000)
+    monkeypatch.setattr(worlds, "pretrained_config", lambda source: shape)
+    size = parameter_count(shape, presets.mixlora(16, 32.0))
+    ranks = {}
+    for name in ("lora", "mixlora", "dora"):
+        arm = PRESETS["gpu"]().arms[name]
+        assert isinstance(arm, Study)
+        assert arm.override is not None
+        settings = arm.override(["world.source=there"]).settings
+        ranks[name] = settings["adapters.rank"], arm.settings["adapters.rank"]
+        assert settings["adapters.alpha"] == 2 * settings["adapters.rank"]
+        assert parameter_count(shape, presets.lora(settings["reference.rank"])) == pytest.approx(size, rel=0.02)
+        assert arm.override(["world.source=there", "adapters.rank=3"]).settings["adapters.rank"] == 3
+    assert ranks["mixlora"] == (16, 16)
+    assert ranks["lora"][0] != ranks["lora"][1]
+    for name in ("lora", "dora"):
+        made = getattr(presets, name)(ranks[name][0])
+        assert parameter_count(shape, made) == pytest.approx(size, rel=0.02)
 
 
 def test_smoke_ends_in_a_table_and_a_figure(tmp_path):
@@ -168,4 +191,4 @@ def test_methods_are_those_that_are_named():
     assert made["mixlora"].settings["balance_weight"] == 0.01
     without = dict(made["mixlora"].settings) | {"balance_weight": 0.0, "alone": False}
     assert made["mixlora_no_aux"].settings == without
-    assert 2 * made["mixlora_no_aux"].steps == made["mixlora"].steps
+    assert 3 * made["mixlora_no_aux"].steps == 2 * made["mixlora"].steps
