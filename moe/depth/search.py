@@ -14,6 +14,7 @@ Legend: L layers.
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Callable, Generator, Sequence
@@ -122,7 +123,7 @@ def uct(
     require(0.0 < widening <= 1.0, "widening", widening, "above 0, at most 1")
     require(0.0 <= random_child <= 1.0, "random_child", random_child, "a probability")
     rng = random.Random(seed)
-    space = None if max_edits is None else frozenset(neighbourhood(num_layers, max_edits))
+    space = None if max_edits is None else _space(num_layers, max_edits)
     root = Node(full_path(num_layers))
     rewards: dict[Path, float] = {}
     node = root
@@ -142,6 +143,12 @@ def uct(
             break
         node = grown
     return result(rewards, root)
+
+
+@functools.lru_cache(maxsize=4)
+def _space(num_layers: int, max_edits: int) -> frozenset[Path]:
+    """What all questions of a search may try; 98,145 paths for 30 layers and 3 edits."""
+    return frozenset(neighbourhood(num_layers, max_edits))
 
 
 def _descend(root: Node, rng: random.Random, c: float, per_layer: float, random_child: float, widening: float) -> Node:

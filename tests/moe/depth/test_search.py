@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from moe.depth import search as searches
 from moe.depth.paths import edits, full_path, labels_of, neighbourhood
 from moe.depth.search import Node, correct, exhaustive, released_chain, score, search, search_all, uct
 
@@ -53,6 +54,15 @@ def test_with_the_budget_of_enumeration_uct_finds_its_shortest_correct_path(seed
     assert len(got.best) == min(len(path) for path, reward in want.rewards.items() if reward == 1.0)
     more = search(uct(L, budget=10 * size, seed=seed, max_edits=2, stop_at_first=False), evaluate)
     assert more.rewards == want.rewards  # the space is exhausted, not searched again
+
+
+def test_questions_share_the_space_they_may_try(monkeypatch):
+    made = []
+    monkeypatch.setattr(searches, "neighbourhood", lambda *sizes: made.append(sizes) or neighbourhood(*sizes))
+    searches._space.cache_clear()
+    for seed in range(3):
+        search(uct(6, budget=5, seed=seed, max_edits=2), rewarding()[0])
+    assert made == [(6, 2)]
 
 
 def test_the_whole_space_is_reached_without_a_bound_on_edits():
