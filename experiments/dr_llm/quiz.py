@@ -106,13 +106,17 @@ class Examiner:
         groups: dict[tuple[int, ...], list[int]] = {}
         for place, (_, labels) in enumerate(asked):
             groups.setdefault(labels, []).append(place)
-        alone = [places for places in groups.values() if not self.mixed or len(places) * 4 >= self.batch_size]
-        others = [place for places in groups.values() for place in places if places not in alone] if self.mixed else []
+        passes, others = [], []
+        for places in groups.values():
+            if not self.mixed or len(places) * 4 >= self.batch_size:
+                passes.append((places, False))
+            else:
+                others += places
         found = np.zeros(len(asked), bool)
-        for places in [*alone, *([others] if others else [])]:
+        for places, mixed in [*passes, *([(others, True)] if others else [])]:
             questions = np.array([asked[place][0] for place in places])
             labels = np.array([asked[place][1] for place in places], np.int32)
-            found[places] = self._judged(questions, labels, len(places) == len(others))
+            found[places] = self._judged(questions, labels, mixed)
         return found
 
     def along(self, question: int, path: Path) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.dr_llm import arithmetic
+from experiments.dr_llm import quiz as quizzes
 from experiments.dr_llm.arithmetic import Arithmetic, chains, quiz
 from experiments.dr_llm.packaged import option_quiz
 from experiments.dr_llm.quiz import Examiner, evaluator
@@ -166,3 +167,16 @@ def test_labels_of_equal_rows_go_together_and_give_the_same():
     pairs = [(n, labels_of(path, 3)) for path in ((0, 1, 2), (0, 2), (1, 1, 2)) for n in range(16)]
     rewards = [Examiner(base, asked, 16, mixed).rewards(pairs) for mixed in (True, False)]
     np.testing.assert_array_equal(*rewards)
+
+
+def test_as_many_equal_labels_as_others_still_run_without_masks(monkeypatch):
+    base, asked, seen, judge = small(arithmetic.VOCAB), quiz("test", 0, "left", 8), [], quizzes._judge
+
+    def noted(base, rows, labels, mixed):
+        seen.append((mixed, labels.tolist()))
+        return judge(base, rows, labels, mixed)
+
+    monkeypatch.setattr(quizzes, "_judge", noted)
+    labels = np.array([[1, 0, 1]] * 4 + [[1, 1, 1], [0, 1, 1], [1, 1, 2], [1, 1, 0]])
+    Examiner(base, asked, 16).right(labels)
+    assert seen == [(False, [1, 0, 1]), (True, labels[4:].tolist())]
