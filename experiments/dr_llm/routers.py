@@ -82,8 +82,7 @@ def train_routers(
     pooled, valid = windows_of(base, depth, quiz, taught, size)
     batch = min(training.batch_size, len(pooled))
     per_epoch = len(pooled) // batch
-    # A class that never occurs takes no part in the loss, whatever its weight.
-    weights = tuple(effective_number_weights(np.maximum(taught.class_counts, 1), training.beta).tolist())
+    weights = tuple(class_weights(taught.class_counts, training.beta).tolist())
     tx = training.optimizer(training.epochs * per_epoch)
     routers = init_routers(depth, config.hidden, config.num_layers, jax.random.key(seed))
     state = routers, tx.init(routers)
@@ -93,6 +92,13 @@ def train_routers(
         order = np.random.default_rng([seed, number]).permutation(len(pooled))
         state = epoch(state, data, order[: per_epoch * batch].reshape(per_epoch, batch))
     return state[0]
+
+
+def class_weights(counts: np.ndarray, beta: float) -> np.ndarray:
+    """Effective-number weights [3] of mean 1 over the classes that occur; 0 for the others, which no label is."""
+    weights = np.zeros(len(counts))
+    weights[counts > 0] = effective_number_weights(counts[counts > 0], beta)
+    return weights
 
 
 def _epoch(

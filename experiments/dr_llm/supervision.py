@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -39,6 +39,13 @@ class SearchConfig:
     max_edits: int = 2
     budget: int = 50
     chunk: int = 256
+
+    def __post_init__(self) -> None:
+        require(self.kind in get_args(Kind), "search.kind", self.kind, f"one of {', '.join(get_args(Kind))}")
+        for name in ("budget", "chunk"):
+            require(getattr(self, name) >= 1, f"search.{name}", getattr(self, name), "at least 1")
+        least = 1 if self.kind == "exhaustive" else 0
+        require(self.max_edits >= least, "search.max_edits", self.max_edits, f"at least {least} for {self.kind}")
 
     def steps(self, num_layers: int, seed: int) -> Search:
         if self.kind == "exhaustive":
@@ -90,7 +97,6 @@ def searched(
       evaluate: first question of a chunk -> rewards of (question of the chunk, path) pairs.
       progress: told how many questions are done.
     """
-    require(config.chunk >= 1, "search.chunk", config.chunk, "at least 1")
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for first in range(0, questions, config.chunk):

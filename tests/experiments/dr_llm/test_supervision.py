@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from experiments.dr_llm.arithmetic import FIRST_OPERATOR, VOCAB, quiz
-from experiments.dr_llm.routers import RouterTraining, decided, macro_f1, quality, train_routers
+from experiments.dr_llm.routers import RouterTraining, class_weights, decided, macro_f1, quality, train_routers
 from experiments.dr_llm.supervision import SearchConfig, Supervision, searched, supervision
 from experiments.finetune import Base
 from moe.config import ModelConfig
@@ -88,6 +88,26 @@ def test_nothing_to_teach_is_an_error(tmp_path):
     found = searched(SearchConfig(), 4, 1, 0, tmp_path, lambda first: lambda pairs: [0.0] * len(pairs))
     with pytest.raises(ValueError, match="searched questions kept = 0"):
         supervision(found)
+
+
+@pytest.mark.parametrize(
+    ("field", "settings"),
+    [
+        ("kind = 'beam'", {"kind": "beam"}), ("budget = 0", {"budget": 0}), ("chunk = 0", {"chunk": 0}),
+        ("max_edits = 0", {"max_edits": 0}), ("max_edits = -1", {"kind": "uct", "max_edits": -1}),
+    ],
+)  # fmt: skip
+def test_a_search_that_cannot_be_is_refused(field, settings):
+    with pytest.raises(ValueError, match=f"search.{field}"):
+        SearchConfig(**settings)
+    SearchConfig("uct", max_edits=0, budget=1, chunk=1)
+
+
+def test_class_weights_have_mean_one_over_the_classes_that_occur():
+    numbers = (1 - 0.9 ** np.array([4.0, 2.0])) / (1 - 0.9)
+    want = (1 / numbers) / np.mean(1 / numbers)
+    np.testing.assert_allclose(class_weights(np.array([4, 0, 2]), 0.9), [want[0], 0.0, want[1]])
+    np.testing.assert_array_equal(class_weights(np.array([0, 9, 0]), 0.999), [0.0, 1.0, 0.0])
 
 
 def test_macro_f1_by_hand():
