@@ -27,7 +27,7 @@ from jax import Array
 
 from experiments.config import OptimizerConfig
 from experiments.data.shards import SPLITS
-from experiments.dr_llm.quiz import Quiz, Rows
+from experiments.dr_llm.quiz import Examiner, Quiz, Rows
 from experiments.experiment import StudyProgress
 from experiments.finetune import Base
 from experiments.overrides import flatten
@@ -158,7 +158,8 @@ class Arithmetic:
     """Attributes:
     pretraining, steps, batch: of the base; three quarters of each batch are `left`.
     search_questions, test_questions: most questions that are searched for supervision, and that are tested.
-    others: kinds that routers have not seen, for which the change of accuracy is told.
+    others: kinds that routers have not seen, for which the change of accuracy is told; one that the base does not know
+      by `margin` above its commonest answer, on as many validation questions, is dropped and named.
     size: most rows of a pass of search.
     """
 
@@ -176,6 +177,7 @@ class Arithmetic:
     search_questions: int = 768
     test_questions: int = 384
     others: tuple[str, ...] = ("right", "long")
+    margin: float = 0.05
     size: int = 512
 
     def check(self) -> None:
@@ -190,9 +192,16 @@ class Arithmetic:
     def mixed(self) -> bool:
         return True
 
-    def passing(self) -> tuple[tuple[str, ...], dict[str, tuple[float, float]]]:
-        """The one task; that the base knows it is a claim."""
-        return ("left",), {}
+    def passing(self, base: Base, seed: int) -> tuple[tuple[str, ...], dict[str, tuple[float, float]]]:
+        """The one task, that the base knows it is a claim; and (accuracy, share of the commonest answer) of `others`,
+        on the validation split."""
+        shares = {}
+        for kind in self.others:
+            asked = quiz("validation", seed, kind, self.test_questions)
+            full = np.ones((len(asked), self.model.num_layers), int)
+            right = Examiner(base, asked, self.size, self.mixed).right(full)
+            shares[kind] = (round(float(right.mean()), 4), round(asked.majority, 4))
+        return ("left",), shares
 
     @property
     def longest(self) -> int:

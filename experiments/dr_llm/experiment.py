@@ -36,7 +36,8 @@ paper's "5 layers saved" are 0.4 to 2.2% of its executions.
 Sizes: accuracy of routers above the model's (paper: +1 to +4 points); 1% saved (mean of the paper's six rows: 1.0%);
 embeddings 2 points worse (paper: 3.6 and 8.6; a third of their mean); shuffled and random 2 points worse, a guess; the
 bound 5 points above the model, a guess; on tasks routers have not seen -1 point (paper: -0.85). That the model knows
-its task, 5 points above the commonest answer, is a condition.
+its task, 5 points above the commonest answer, is a condition; a task that routers have not seen and that the model does
+not know by as much (validation split) is dropped and named.
 
 `smollm2` in the names of cpu-long: SmolLM2-135M on packaged tasks with options, tree search of 50 paths with at most
 three edits for supervision and bound; seeds share model and searches and differ in routers alone.

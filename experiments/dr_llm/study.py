@@ -10,6 +10,7 @@ Legend: N questions, L layers.
 from __future__ import annotations
 
 import functools
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -25,9 +26,9 @@ from experiments.dr_llm.quiz import Examiner, Quiz, evaluator
 from experiments.dr_llm.routers import RouterTraining, decided, quality, train_routers
 from experiments.dr_llm.supervision import Found, SearchConfig, Supervision, searched, supervision
 from experiments.experiment import Study, StudyProgress
-from experiments.finetune import Base
+from experiments.finetune import Base, fingerprint
 from experiments.overrides import flatten, with_overrides
-from moe.config import require
+from moe.config import ModelConfig, require
 from moe.depth.paths import Path as Blocks
 from moe.depth.paths import count_executions, labels_of
 from moe.depth.policy import NEUTRAL
@@ -67,6 +68,8 @@ class Trial:
 
     def __post_init__(self) -> None:
         require(self.policy in POLICIES, "policy", self.policy, f"one of {', '.join(POLICIES)}")
+        teaches = self.search.kind != "released"
+        require(teaches, "search.kind", self.search.kind, "exhaustive or uct: released paths may have no labels")
         layers = self.world.config().num_layers
         require(all(0 <= skip <= layers for skip in self.skips), "skips", self.skips, f"0 to {layers} blocks")
         require(all(-1.0 <= knob <= 1.0 for knob in self.knobs), "knobs", self.knobs, "numbers from -1 to 1")
@@ -77,10 +80,16 @@ def study(trial: Trial) -> Study:
         functools.partial(run, trial),
         flatten(trial),
         SHARES.get(trial.policy, 2),
-        trial.world.check,
+        functools.partial(check, trial),
         functools.partial(count, trial),
         lambda settings: study(with_overrides(trial, settings)),
     )
+
+
+def check(trial: Trial) -> None:
+    """ValueError for what the world lacks, or more than one process: each would write the pieces that are shared."""
+    require(jax.process_count() == 1, "processes", jax.process_count(), "one, for dr-llm")
+    trial.world.check()
 
 
 def run(trial: Trial, seed: int, out: Path, progress: StudyProgress) -> tuple[dict[str, float], dict[str, Any]]:
@@ -95,10 +104,12 @@ def run(trial: Trial, seed: int, out: Path, progress: StudyProgress) -> tuple[di
     if trial.policy == "full":
         majority = at.quiz("test").majority
         metrics |= {"majority": majority, "over_majority": metrics["accuracy"] - majority}
-        metrics |= {f"accuracy_{name}": at.accuracy(at.full(name), name) for name in at.others}
-        used, shares = trial.world.passing()
+        full = {name: at.accuracy(at.full(name), name) for name in at.others}
+        metrics |= {f"accuracy_{name}": full.get(name, math.nan) for name in trial.world.others}
+        used, shares = at.passing
         known = {name: list(found) for name, found in shares.items()}
-        return metrics, series | {"used": list(used), "accuracy_and_majority": known}
+        dropped = [name for name in shares if name not in (*used, *at.others)]
+        return metrics, series | {"used": list(used), "dropped": dropped, "accuracy_and_majority": known}
     if trial.policy in READS:
         more, curve = routed(at, READS[trial.policy])
         return metrics | more, series | curve
@@ -150,7 +161,8 @@ def counts_of(counted: Any, accuracy: float) -> dict[str, float]:
 
 
 def routed(at: Place, reads: Reads) -> tuple[dict[str, float], dict[str, Any]]:
-    """What is told of routers alone: supervision, quality on held-out labels, tasks they have not seen, their knob."""
+    """What is told of routers alone: supervision, quality on held-out labels, tasks they have not seen, their knob.
+    A task that is dropped has NaN, and so has the mean where all are."""
     taught, unseen = at.taught, supervision(at.found("test"))
     classes = taught.class_counts
     metrics = {
@@ -163,9 +175,8 @@ def routed(at: Place, reads: Reads) -> tuple[dict[str, float], dict[str, Any]]:
     changes = {}
     for name in at.others:
         changes[name] = at.accuracy(at.labels(reads, NEUTRAL, name), name) - at.accuracy(at.full(name), name)
-    metrics |= {f"change_{name}": change for name, change in changes.items()}
-    if changes:
-        metrics["other_tasks_change"] = float(np.mean(list(changes.values())))
+    metrics |= {f"change_{name}": changes.get(name, math.nan) for name in at.trial.world.others}
+    metrics["other_tasks_change"] = float(np.mean(list(changes.values()))) if changes else math.nan
     curve = [at.point(at.labels(reads, knob, "test")) for knob in sorted({*at.trial.knobs, NEUTRAL})]
     of_layer = [[float(np.mean(taught.labels[:, layer] == one)) for one in range(3)] for layer in range(at.layers)]
     return metrics, {"curve": curve, "knobs": sorted({*at.trial.knobs, NEUTRAL}),
@@ -200,12 +211,20 @@ class Place:
         return world.base(self.seed, self.shared / self._name("base", world), told)
 
     @functools.cached_property
-    def others(self) -> tuple[str, ...]:
-        """Tasks that routers have not seen, without those that the base does not know where that is a condition."""
+    def model(self) -> tuple[ModelConfig, int]:
+        """Which model the base is: where it lies, another may lie later."""
+        return self.base.config, fingerprint({"params": self.base.params, "router_state": self.base.router_state})
+
+    @functools.cached_property
+    def passing(self) -> tuple[tuple[str, ...], dict[str, tuple[float, float]]]:
+        """The tasks that are used, and (accuracy, share of the commonest answer) on validation splits."""
         world = self.trial.world
-        if isinstance(world, Arithmetic):
-            return world.others
-        shares = world.passing()[1]
+        return world.passing(self.base, self.seed) if isinstance(world, Arithmetic) else world.passing()
+
+    @functools.cached_property
+    def others(self) -> tuple[str, ...]:
+        """Tasks that routers have not seen, without those that the base does not know."""
+        world, shares = self.trial.world, self.passing[1]
         return tuple(name for name in world.others if shares[name][0] - shares[name][1] >= world.margin)
 
     def quiz(self, name: str) -> Quiz:
@@ -240,7 +259,8 @@ class Place:
         return self._kept(("found", name, kind), lambda: self._searched(name, search))
 
     def _searched(self, name: str, search: SearchConfig) -> Found:
-        count, folder = len(self.quiz(name)), self._name(f"{search.kind}-{name}", self.trial.world, search)
+        count = len(self.quiz(name))
+        folder = self._name(f"{search.kind}-{name}", self.model, self.trial.world, search)
         seed = self.trial.world.search_seed(self.seed)
         told = lambda done: self.tell(done / count, f"{search.kind} search: {done} of {count} {name} questions")  # noqa: E731
         where = self.shared.parent / f"shared-seed{seed}" / folder
@@ -259,7 +279,8 @@ class Place:
 
     def _routers(self, depth: DepthConfig) -> Any:
         trial = self.trial
-        folder = self.shared / self._name(f"routers-{depth.reads}", trial.world, trial.search, trial.training, depth)
+        parts = self.model, trial.world, trial.search, trial.training, depth
+        folder = self.shared / self._name(f"routers-{depth.reads}", *parts)
         if not folder.exists():
             taught = self.taught
             self.tell(0.9, f"routers on {depth.reads}: {len(taught.questions)} questions")

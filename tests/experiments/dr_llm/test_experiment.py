@@ -1,16 +1,18 @@
 """The experiment end to end: policies at equal executions, interrupts, counts."""
 
+import json
 import os
 import signal
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
 
 from experiments.dr_llm import arithmetic, study
 from experiments.dr_llm.experiment import EXPERIMENT
-from experiments.dr_llm.supervision import SearchConfig
+from experiments.dr_llm.supervision import SearchConfig, Supervision
 from experiments.run import plan_table, run
 from moe.depth.paths import full_path
 
@@ -33,6 +35,11 @@ def test_smoke_runs_and_goes_on_after_interrupts(tmp_path, monkeypatch):
     """Ctrl-C in the base's training and between chunks of a search: the same numbers, nothing done twice."""
     whole = quiet(tmp_path / "whole")
     assert (tmp_path / "whole/figure.png").stat().st_size > 10_000
+    read = json.loads((tmp_path / "whole/result.json").read_text())  # after 20 steps nothing is known: all is dropped
+    assert read["series"]["full"][0]["dropped"] == ["right"]
+    assert np.isnan([read["arms"]["router"][key]["mean"] for key in ("change_right", "other_tasks_change")]).all()
+    assert np.isnan(read["arms"]["full"]["accuracy_right"]["mean"])
+    assert {one["metric"]: one["verdict"] for one in read["claim"]}["other_tasks_change"] == "does not hold"
     steps, train = [], arithmetic._train_step
 
     def counted(config, tx, state, tokens, before):
@@ -124,6 +131,58 @@ def test_bounds_are_at_least_the_model(at):
     assert metrics["evaluations"] == SearchConfig().most_evaluations(3)
 
 
+def test_kinds_that_the_base_does_not_know_are_dropped_and_named(at, monkeypatch):
+    """Known is 5 points above the commonest answer on validation questions, at full depth."""
+    world = replace(at.trial.world, others=("right", "long"))
+    other = study.Place(replace(at.trial, world=world), 0, at.shared)
+    other.base, asked = at.base, []
+
+    class Given(arithmetic.Examiner):
+        def right(self, labels):
+            assert labels.shape == (32, 3) and (labels == 1).all()  # noqa: PT018
+            asked.append(self.quiz)
+            most = round(self.quiz.majority * 32)
+            return np.arange(32) < most + (2 if len(asked) == 1 else 1)  # 32 questions: 6.25 and 3.1 points
+
+    monkeypatch.setattr(arithmetic, "Examiner", Given)
+    assert other.others == ("right",)
+    for kind, given in zip(world.others, asked, strict=True):
+        np.testing.assert_array_equal(given.prompts, arithmetic.quiz("validation", 0, kind, 32).prompts)
+    monkeypatch.setattr(study, "place", lambda *_: other)
+    full = replace(other.trial, policy="full")
+    metrics, series = study.run(full, 0, at.shared / "arm", lambda done, note: None)
+    assert (series["used"], series["dropped"]) == (["left"], ["long"])
+    assert set(series["accuracy_and_majority"]) == {"right", "long"}
+    assert np.isfinite(metrics["accuracy_right"])
+    assert np.isnan(metrics["accuracy_long"])
+
+
+def test_another_model_at_the_same_place_has_pieces_of_its_own(at, monkeypatch, tmp_path):
+    folders = []
+    monkeypatch.setattr(study, "searched", lambda *args: folders.append(args[4].name))
+    monkeypatch.setattr(study, "save_routers", lambda folder, *_: folders.append(folder.stem))
+    monkeypatch.setattr(study, "train_routers", lambda *_: None)
+    monkeypatch.setattr(study, "load_routers", lambda *_, **__: (None, None))
+    changed = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].add(1), at.base.params)
+    other_norm = replace(at.base.config, norm_eps=1e-3)
+    for base in (at.base, at.base._replace(params=changed), at.base._replace(config=other_norm), at.base):
+        place = study.Place(at.trial, 0, tmp_path / f"{len(folders)}" / "shared-seed0")
+        place.base, place.taught = base, Supervision(np.arange(1), np.ones((1, 3), np.int32), np.ones(1, bool))
+        place.found("search")
+        place.routers("residual")
+    found = list(zip(folders[::2], folders[1::2], strict=True))
+    assert found[0] == found[3]
+    for names in zip(*found[:3], strict=True):
+        assert len(set(names)) == 3
+
+
+def test_one_process_alone(at, monkeypatch):
+    study.check(at.trial)
+    monkeypatch.setattr(study.jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="processes = 2"):
+        study.study(at.trial).check()
+
+
 def test_counts_in_closed_form():
     made = EXPERIMENT.presets["paper"]().arms["full"].count()
     assert made["router_parameters"] == 28 * (128 * 3072 + 515)  # 11.0M, as in the paper
@@ -152,6 +211,8 @@ def test_bad_input_is_named():
         replace(trial, skips=(9,))
     with pytest.raises(ValueError, match="knobs"):
         replace(trial, knobs=(1.5,))
+    with pytest.raises(ValueError, match="search.kind = 'released'"):
+        replace(trial, search=SearchConfig("released"))
     with pytest.raises(ValueError, match="world.source"):
         EXPERIMENT.presets["paper"]().arms["full"].check()
     assert full_path(8) in SearchConfig().steps(8, 0).send(None)
