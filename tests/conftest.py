@@ -17,3 +17,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture
 def key() -> jax.Array:
     return jax.random.key(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_one_file():
+    """Compiled programs are let go after each file: every one holds some memory maps, of which a process may have only
+    so many (65,530), and the next compilation beyond that is a segmentation fault."""
+    yield
+    jax.clear_caches()
