@@ -206,7 +206,8 @@ def test_the_loss_in_both_signs(sign, factor, key):
 def test_the_share_of_slots_would_balance_nothing_in_a_soft_mixture(key):
     """Why the likeliest expert is counted: with all experts in the slots the other count has no gradient."""
     logits = 2.0 * jax.random.normal(key, (24, 4))
-    of_slots = jax.grad(lambda z: routing_specialization_loss(sites_of(z, 4), 1.0, 0.0, top_k=4))(logits)
+    slots = {"top_k": 4, "count": "slots"}
+    of_slots = jax.grad(lambda z: routing_specialization_loss(sites_of(z, 4), 1.0, 0.0, **slots))(logits)
     ours = jax.grad(lambda z: routed(RouterLoss(1.0, 0.0), 4)({}, sites_of(z, 4)))(logits)
     assert float(jnp.max(jnp.abs(of_slots))) < 1e-7 < 1e-4 < float(jnp.max(jnp.abs(ours)))
 
