@@ -89,7 +89,7 @@ class Bench:
         """What XLA counts for the compiled step of one token at this cache's size."""
         slots = padded_length(len(self.prompt) + self.new_tokens)
         one = jnp.ones((1,), jnp.int32)
-        lowered = advance.lower(self.config, Sampling(), self.generator.weights, one[:, None], one, one,
+        lowered = advance.lower(self.config, None, Sampling(), self.generator.weights, one[:, None], one, one,
                                 empty_caches(self.config, 1, slots), jax.random.key(0))  # fmt: skip
         costs = lowered.compile().cost_analysis() or {}
         return {name: float(costs.get(name, float("nan"))) for name in ("bytes accessed", "flops")}
