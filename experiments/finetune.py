@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +31,13 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.config import OptimizerConfig
 from experiments.evaluation.scoring import Scorer
+from experiments.initial import pretrained_config, read_pretrained
 from experiments.logs import JsonLines
 from experiments.overrides import flatten
 from experiments.step import make_optimizer, summed_cross_entropy
 from experiments.tasks.training import Batch
 from experiments.train import NotFinite, stop_on_interrupt
-from moe.config import ModelConfig, require
+from moe.config import ComputeDtype, ModelConfig, require
 from moe.lora.adapters import abstract_adapters, init_adapters, require_adapters
 from moe.lora.config import AdapterConfig
 from moe.lora.dense import COLLECTION
@@ -62,6 +63,26 @@ class Base(NamedTuple):
     config: ModelConfig
     params: Any
     router_state: Any
+
+
+@functools.lru_cache(maxsize=1)
+def released(source: str, dtype: str) -> Base:
+    """A pretrained model, a name or a directory as `generate --model` takes it, its parameters and arithmetic in
+    `dtype`. ValueError if it is not there."""
+    params, router_state = read_pretrained(source, make_mesh())
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    return Base(released_config(source, dtype), params, router_state)
+
+
+def released_config(source: str, dtype: str, absent: ModelConfig | None = None) -> ModelConfig:
+    """The config of `released`; `absent` where there is no source, or none that can be read (ValueError without it)."""
+    try:
+        require(bool(source), "source", source, "a pretrained model")
+        return replace(pretrained_config(source), compute_dtype=cast(ComputeDtype, dtype))
+    except ValueError:
+        if absent is None:
+            raise
+        return absent
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,23 @@ def cluster() -> RunConfig:
     return replace(gpu(), mesh=MeshConfig(data=2, fsdp=4, expert=8), batch_size=256, accumulation=1)
 
 
+def smollm2() -> ModelConfig:
+    """The shape of SmolLM2-135M (2502.02737)."""
+    return ModelConfig(
+        vocab_size=49_152, hidden=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64, ffn_dim=1536, moe=None,
+        tie_embeddings=True, rope_theta=100_000.0, context=8192,
+    )  # fmt: skip
+
+
+def dense_shape(hidden: int, layers: int, heads: int, kv_heads: int, ffn_dim: int, vocab_size: int) -> ModelConfig:
+    """A released dense model's sizes in bfloat16, to be counted where its weights are not there; the rest of its config
+    comes with them."""
+    return ModelConfig(
+        vocab_size=vocab_size, hidden=hidden, num_layers=layers, num_heads=heads, num_kv_heads=kv_heads,
+        head_dim=hidden // heads, ffn_dim=ffn_dim, moe=None, compute_dtype="bfloat16", remat="dots",
+    )  # fmt: skip
+
+
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     "smoke": smoke,
     "cpu": cpu,

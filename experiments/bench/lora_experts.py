@@ -43,7 +43,7 @@ from experiments.bench.peak import Product, seconds_of
 from experiments.bench.routing_metrics import median_interval
 from experiments.output import write_json
 from experiments.provenance import provenance
-from experiments.upcycling.experiment import smollm2
+from experiments.recipes import smollm2
 from kernels.lora import Implementation, choose, slot_lora, slot_lora_sum
 from moe.config import ModelConfig, require
 from moe.lora.adapters import abstract_adapters

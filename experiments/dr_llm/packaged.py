@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from experiments.dr_llm.quiz import Examiner, Quiz, Rows
 from experiments.evaluation.scoring import Request, bucket, option_requests
 from experiments.experiment import StudyProgress
-from experiments.finetune import Base
-from experiments.initial import pretrained_config, read_pretrained
+from experiments.finetune import Base, released, released_config
+from experiments.initial import pretrained_config
 from experiments.tasks.example import Example
 from moe.config import ModelConfig, require
-from parallel.mesh import make_mesh
 
 
 @dataclass(frozen=True)
@@ -66,10 +64,7 @@ class Packaged:
             raise DataError(text)
 
     def config(self) -> ModelConfig:
-        try:
-            return replace(pretrained_config(self.source), compute_dtype=self.dtype) if self.source else self.model
-        except ValueError:  # `check` says what is missing
-            return self.model
+        return released_config(self.source, self.dtype, absent=self.model)  # `check` says what is missing
 
     @property
     def steps(self) -> int:
@@ -84,7 +79,7 @@ class Packaged:
     def base(self, seed: int, folder: Path, progress: StudyProgress) -> Base:
         del seed, folder
         progress(0, f"reading {Path(self.source).name}")
-        return _read(self.source, self.dtype)
+        return released(self.source, self.dtype)
 
     def quiz(self, name: str, seed: int) -> Quiz:
         """`search`, `test`, or a task of `others`.
@@ -154,16 +149,9 @@ def option_quiz(kept: Sequence[tuple[str, Example, Sequence[int], Sequence[Reque
                 np.array([len(prompt) for _, _, prompt, _ in kept], np.int32), answers, written, right)  # fmt: skip
 
 
-@functools.lru_cache(maxsize=1)
-def _read(source: str, dtype: str) -> Base:
-    params, router_state = read_pretrained(source, make_mesh())
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-    return Base(replace(pretrained_config(source), compute_dtype=dtype), params, router_state)  # type: ignore[arg-type]
-
-
 @functools.lru_cache(maxsize=4)
 def _passing(world: Packaged) -> tuple[tuple[str, ...], dict[str, tuple[float, float]]]:
-    base, shares = _read(world.source, world.dtype), {}
+    base, shares = released(world.source, world.dtype), {}
     for task in (*world.tasks, *world.others):
         quiz = world._quiz((task,), "validation", world.validation_questions)
         right = Examiner(base, quiz, world.size, world.mixed).right(np.ones((len(quiz), base.config.num_layers), int))

@@ -44,7 +44,7 @@ from experiments import recipes
 from experiments.claims import Claim
 from experiments.config import DataConfig, InitConfig, OptimizerConfig, RunConfig
 from experiments.experiment import Experiment, Preset, Tuning
-from experiments.upcycling.experiment import LEAST_KNOWN, SMOLLM2_CORPUS, smollm2
+from experiments.upcycling.experiment import LEAST_KNOWN, SMOLLM2_CORPUS
 from moe.config import ModelConfig
 
 TWIN, DENSITY, ADAMW = 0.0524, 0.0197, 0.0371  # nats, see above
@@ -193,7 +193,7 @@ def fine_tuning() -> Preset:
     from experiments.data.corpus import data_root
 
     base = RunConfig(
-        model=replace(smollm2(), first_dense=0),
+        model=recipes.smollm2(),
         data=DataConfig(corpus=str(data_root() / SMOLLM2_CORPUS), seq_len=128, domains=LEAST_KNOWN),
         optimizer=OptimizerConfig(warmup_steps=2),
         init=InitConfig("smollm2"),

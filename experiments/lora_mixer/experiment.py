@@ -52,6 +52,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from experiments import recipes
 from experiments.claims import Claim
 from experiments.experiment import Experiment, Preset, Study
 
@@ -172,9 +173,8 @@ def cpu_long() -> Preset:
     from experiments.lora_mixer.study import Trial
     from experiments.mixlora.experiment import tuning
     from experiments.mixlora.worlds import Packaged, Symbolic
-    from experiments.upcycling.experiment import smollm2
 
-    world = Packaged(model=smollm2(), test_rows=64)
+    world = Packaged(model=recipes.smollm2(), test_rows=64)
     large = Trial(expert=expert(8), world=world, alone=tuning(5e-4, 32, 8), routing=tuning(2e-3, 32, 8), samples=256)
     small = arms(symbolic(), FEW) | more_samples() | part("token_", symbolic(world=Symbolic()), losses())
     note = "two seeds; the arms of SmolLM2 need `data fetch --models` and the packages of their tasks"
@@ -209,20 +209,20 @@ def published(world: Any, steps: int) -> dict[str, Study]:
 
 def gpu() -> Preset:
     """One H100, a model of 1B (`--set world.source=DIR`; counted in TinyLlama's shape): the packaged tasks."""
-    from experiments.mixlora.experiment import llama
     from experiments.mixlora.worlds import Packaged
 
-    world = Packaged(TASKS, "", "bfloat16", llama(2048, 22, 32, 4, 5632, 32_000), longest_row=128, test_rows=512)
+    shape = recipes.dense_shape(2048, 22, 32, 4, 5632, 32_000)
+    world = Packaged(TASKS, "", "bfloat16", shape, longest_row=128, test_rows=512)
     return Preset(published(world, 250), 2, claims(), "one H100; --set world.source=DIR of Hugging Face's form")
 
 
 def paper() -> Preset:
     """LLaMA3-8B's shape, `--set world.source=DIR`; adapters of one's own by `--set folders=A,B,C,D,E`. The paper's
     tasks are in no package: these are the packaged ones."""
-    from experiments.mixlora.experiment import llama
     from experiments.mixlora.worlds import Packaged
 
-    world = Packaged(TASKS, "", "bfloat16", llama(4096, 32, 32, 8, 14_336, 128_256), longest_row=512, test_rows=512)
+    shape = recipes.dense_shape(4096, 32, 32, 8, 14_336, 128_256)
+    world = Packaged(TASKS, "", "bfloat16", shape, longest_row=512, test_rows=512)
     return Preset(published(world, 380), 3, claims(), "8B; --set world.source=DIR of Hugging Face's form")
 
 

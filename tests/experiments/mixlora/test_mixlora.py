@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from experiments import finetune, recipes
 from experiments.experiment import Study, studies
 from experiments.finetune import answered
-from experiments.mixlora import experiment, worlds
 from experiments.mixlora.experiment import EXPERIMENT, arms, main_methods, other_methods, tuning
 from experiments.mixlora.study import Trial, run, study
 from experiments.mixlora.worlds import Packaged, Symbolic
@@ -59,7 +59,7 @@ def test_every_preset_lowers_and_its_methods_are_of_one_size(name):
 def test_the_papers_model_has_the_papers_number_of_parameters():
     """LLaMA2-7B: 202M and 200M in adapters (sheet, measured), besides MixLoRA's routers."""
     config = PRESETS["paper"]().arms["lora"].settings
-    shape = experiment.llama(4096, 32, 32, 32, 11_008, 32_000)
+    shape = recipes.dense_shape(4096, 32, 32, 32, 11_008, 32_000)
     assert config["world.model.hidden"] == 4096
     maps = 32 * (4 * 8192 + 8 * 3 * 15_104) * 16
     assert parameter_count(shape, presets.mixlora()) == maps + 32 * 4096 * 8
@@ -152,8 +152,8 @@ def test_settings_are_set(tmp_path):
 
 def test_sizes_are_equal_on_the_model_that_is_set_too(monkeypatch):
     """Grouped queries and a wide feed-forward, unlike what ranks were matched on when the preset was made."""
-    shape = experiment.llama(1024, 2, 16, 2, 8192, 1000)
-    monkeypatch.setattr(worlds, "pretrained_config", lambda source: shape)
+    shape = recipes.dense_shape(1024, 2, 16, 2, 8192, 1000)
+    monkeypatch.setattr(finetune, "pretrained_config", lambda source: shape)
     size = parameter_count(shape, presets.mixlora(16, 32.0))
     ranks = {}
     for name in ("lora", "mixlora", "dora"):
