@@ -465,6 +465,7 @@ def test_arms_are_those_that_are_named():
     assert mean({"a": 0.5, "b": 1.0}) == 0.75
 
 
+@pytest.mark.slow
 def test_smoke_ends_in_a_table_and_a_figure(tmp_path):
     content = run_preset("lora-mixer", "smoke", tmp_path / "out", console=Console(quiet=True))
     assert (tmp_path / "out" / "figure.png").stat().st_size > 10_000

@@ -31,6 +31,7 @@ def quiet(out):
     return run("dr-llm", "smoke", out, console=Console(quiet=True))
 
 
+@pytest.mark.slow
 def test_smoke_runs_and_goes_on_after_interrupts(tmp_path, monkeypatch):
     """Ctrl-C in the base's training and between chunks of a search: the same numbers, nothing done twice."""
     whole = quiet(tmp_path / "whole")

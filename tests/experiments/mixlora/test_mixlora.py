@@ -172,6 +172,7 @@ def test_sizes_are_equal_on_the_model_that_is_set_too(monkeypatch):
         assert parameter_count(shape, made) == pytest.approx(size, rel=0.02)
 
 
+@pytest.mark.slow
 def test_smoke_ends_in_a_table_and_a_figure(tmp_path):
     content = run_preset("mixlora", "smoke", tmp_path / "out", console=Console(quiet=True))
     assert (tmp_path / "out" / "figure.png").stat().st_size > 10_000
