@@ -8,6 +8,9 @@ The gradient of a chunk needs its logits alone, so a differentiated call compute
 while the chunk's logits are in cache, and the backward only multiplies by the cotangent: three products per token
 in all, as many as the naive loss, and C x V live logits. (Chunked, fused loss: Cut Cross-Entropy, arXiv 2411.09009,
 and Liger, arXiv 2410.10989, where the gradient is likewise made in the forward.)
+
+Weights that depend on the losses themselves are not known then: `token_nll` gives the losses [T], and its backward
+makes each chunk's logits again, once the cotangent is there: four products per token, C x V live logits as well.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ def _nll(logits_CV: Array, target_C: Array) -> tuple[Array, Array, Array]:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(chunk_size: int, hidden: Array, head: Array, targets: Array, weights: Array) -> Array:
-    nll = _token_nll(chunk_size, hidden, head, targets)
+    nll = _all_nll(chunk_size, hidden, head, targets)
     return jnp.sum(nll * weights.astype(nll.dtype))
 
 
@@ -90,7 +93,7 @@ def _cross_entropy_bwd(chunk_size: int, residuals: tuple[Array, Array], g: Array
 _cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 
-def _token_nll(chunk_size: int, hidden: Array, head: Array, targets: Array) -> Array:
+def _all_nll(chunk_size: int, hidden: Array, head: Array, targets: Array) -> Array:
     cast_head = head.astype(hidden.dtype)
 
     def body(carry: None, chunk: tuple[Array, Array]):
@@ -99,6 +102,22 @@ def _token_nll(chunk_size: int, hidden: Array, head: Array, targets: Array) -> A
 
     _, nll = lax.scan(body, None, (_chunks(hidden, chunk_size), _chunks(targets, chunk_size)))
     return nll.reshape(-1)[: hidden.shape[0]]
+
+
+_token_nll = jax.custom_vjp(_all_nll, nondiff_argnums=(0,))
+
+
+def _token_nll_fwd(chunk_size: int, hidden: Array, head: Array, targets: Array):
+    return _all_nll(chunk_size, hidden, head, targets), (hidden, head, targets)
+
+
+def _token_nll_bwd(chunk_size: int, residuals: tuple[Array, Array, Array], g: Array):
+    """The gradient of sum_t g[t] nll[t] is the one `cross_entropy` makes in its forward."""
+    dhidden, dhead = _cross_entropy_fwd(chunk_size, *residuals, g)[1]
+    return dhidden, dhead, None
+
+
+_token_nll.defvjp(_token_nll_fwd, _token_nll_bwd)
 
 
 def cross_entropy(
@@ -127,7 +146,8 @@ def cross_entropy(
 
 
 def token_nll(hidden: Array, head: Array, targets: Array, *, chunk_size: int | None = None) -> Array:
-    """[T] float32 negative log-likelihoods, for evaluation. Arguments and errors as in `cross_entropy`."""
+    """[T] float32 negative log-likelihoods, differentiable in hidden and head: for evaluation, and for losses that are
+    weighted by what they turn out to be. Arguments and errors as in `cross_entropy`."""
     _check(hidden, head, targets, chunk_size)
     size = chunk_size or automatic_chunk_size(hidden.shape[0], head.shape[0])
     return _token_nll(size, hidden, head, targets)

@@ -57,6 +57,42 @@ def test_values_and_gradients_match_the_naive_loss(chunk_size):
         assert_close(token_nll(*inputs[:3], chunk_size=chunk_size), naive_nll(*inputs[:3]), 1e-13)
 
 
+def weighted_by_itself(nll):
+    """A weight of each token's own loss, as reweighting has."""
+    def loss(hidden, head, targets):
+        losses = nll(hidden, head, targets)
+        return jnp.sum(jax.lax.stop_gradient(losses**2) * losses + jnp.sin(losses))
+
+    return loss
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 8, 15, 45, 64])
+def test_gradients_of_token_losses_match_the_naive_ones_when_weights_depend_on_them(chunk_size):
+    with jax.enable_x64(True):
+        inputs = problem(np.float64)[:3]
+        run = lambda nll: jax.jit(jax.value_and_grad(weighted_by_itself(nll), argnums=(0, 1)))(*inputs)  # noqa: E731
+        assert_close(run(partial(token_nll, chunk_size=chunk_size)), run(naive_nll), 1e-13)
+
+
+def test_token_losses_have_the_gradient_of_the_fused_loss():
+    hidden, head, targets, weights = problem()
+    summed = lambda h, e: jnp.sum(weights * token_nll(h, e, targets, chunk_size=8))  # noqa: E731
+    fused = partial(cross_entropy, chunk_size=8)
+    grads = jax.jit(jax.grad(summed, argnums=(0, 1)))(hidden, head)
+    jax.tree.map(
+        np.testing.assert_array_equal, grads, jax.jit(jax.grad(fused, argnums=(0, 1)))(hidden, head, targets, weights)
+    )
+
+
+def test_token_losses_of_bfloat16_hidden():
+    hidden, head, targets, _ = problem()
+    run = jax.jit(jax.value_and_grad(weighted_by_itself(partial(token_nll, chunk_size=16)), argnums=(0, 1)))
+    value, (dhidden, dhead) = run(hidden.astype(jnp.bfloat16), head, targets)
+    assert (value.dtype, dhidden.dtype, dhead.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    naive_run = jax.value_and_grad(weighted_by_itself(naive_nll), argnums=(0, 1))
+    assert_close((value, dhidden, dhead), naive_run(hidden, head, targets), 0.03)
+
+
 def test_gradients_match_finite_differences():
     with jax.enable_x64(True):
         hidden, head, targets, weights = problem(np.float64)
@@ -103,14 +139,20 @@ def test_neither_jaxpr_nor_program_holds_all_logits():
     num_tokens, vocab, chunk = 512, 96, 64
     inputs = problem(num_tokens=num_tokens, vocab=vocab)
 
+    def by_token(nll):
+        return lambda h, e, t, w: jnp.sum(jnp.tanh(nll(h, e, t)) * w)
+
     def largest(loss):
         run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
         texts = str(jax.make_jaxpr(run)(*inputs)), run.lower(*inputs).compile().as_text()
         shapes = [re.findall(r"(?:f32|float32|s32|i32|pred|bool)\[([\d,]+)\]", text) for text in texts]
         return [max(int(np.prod([int(n) for n in shape.split(",") if n])) for shape in found) for found in shapes]
 
-    assert max(largest(partial(cross_entropy, chunk_size=chunk))) <= max(chunk * vocab, num_tokens * D, vocab * D)
+    most = max(chunk * vocab, num_tokens * D, vocab * D)
+    assert max(largest(partial(cross_entropy, chunk_size=chunk))) <= most
+    assert max(largest(by_token(partial(token_nll, chunk_size=chunk)))) <= most
     assert min(largest(naive)) >= num_tokens * vocab
+    assert min(largest(by_token(naive_nll))) >= num_tokens * vocab
 
 
 def test_inside_a_rematerialised_scan():
@@ -126,13 +168,18 @@ def test_inside_a_rematerialised_scan():
     assert_close(run(hidden, head, partial(cross_entropy, chunk_size=8)), run(hidden, head, naive), 3e-6)
 
 
-def test_inside_shard_map_with_a_replicated_head():
+def summed_nll(h, e, t, w, chunk_size):
+    return jnp.sum(w * token_nll(h, e, t, chunk_size=chunk_size))
+
+
+@pytest.mark.parametrize("fused", [cross_entropy, summed_nll])
+def test_inside_shard_map_with_a_replicated_head(fused):
     hidden, head, targets, weights = problem(num_tokens=80)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
     def loss(hidden, head):
         def local(h, e, t, w):
-            return jax.lax.psum(cross_entropy(h, e, t, w, chunk_size=4), "data")
+            return jax.lax.psum(fused(h, e, t, w, chunk_size=4), "data")
 
         specs = P("data"), P(), P("data"), P("data")
         return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(
