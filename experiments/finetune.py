@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import math
-import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -32,11 +31,10 @@ from jax.sharding import PartitionSpec as P
 from experiments.config import OptimizerConfig
 from experiments.evaluation.scoring import Scorer
 from experiments.initial import pretrained_config, read_pretrained
-from experiments.logs import JsonLines
 from experiments.overrides import flatten
 from experiments.step import make_optimizer, summed_cross_entropy
+from experiments.stepping import Progress, stepped
 from experiments.tasks.training import Batch
-from experiments.train import NotFinite, stop_on_interrupt
 from moe.config import ComputeDtype, ModelConfig, require
 from moe.lora.adapters import abstract_adapters, init_adapters, require_adapters
 from moe.lora.config import AdapterConfig
@@ -50,11 +48,9 @@ from parallel.intact import checksum
 from parallel.leaves import flatten as leaves_by_path
 from parallel.mesh import BATCH, make_mesh
 from parallel.sharding import path_name, tree_shardings
-from parallel.startup import any_process, is_primary
 
 Sites = Mapping[str, RoutingStats]
 Penalty = Callable[[Any, Sites], Array]  # (adapters, statistics of their routers) -> what is added to the loss
-Progress = Callable[[int, dict[str, float]], None]  # (finished steps, metrics of the last)
 
 
 class Base(NamedTuple):
@@ -193,8 +189,10 @@ def finetune(
             state = jax.device_put(state, everywhere)
             if saved.latest() is not None:
                 state = saved.restore(state)
-            run = functools.partial(step_fn, params, router_state, frozen, jax.random.fold_in(key, 1))
-            state = _loop(state, run, batches, config, mesh, saved, out, progress)
+            one = functools.partial(step_fn, params, router_state, frozen, jax.random.fold_in(key, 1))
+            run = lambda state, step: one(state, placed(batches(step), mesh))  # noqa: E731
+            every = config.checkpoint_every
+            state = stepped(state, run, config.steps, saved, out, checkpoint_every=every, progress=progress)
         return jax.device_put(merged(state.trained, frozen), whole_beside(base.params))
 
 
@@ -292,53 +290,6 @@ def adapted(
     inputs = batch.tokens, batch.segment_ids, positions, router_state, key, labels
     out: Any = Transformer(config, adapters).apply(variables, *inputs)
     return out._replace(hidden=jnp.take_along_axis(out.hidden, jnp.asarray(batch.where)[..., None], axis=1))
-
-
-def _loop(
-    state: AdapterState,
-    run: Callable[[AdapterState, Batch], tuple[AdapterState, dict[str, Array]]],
-    batches: Callable[[int], Batch],
-    config: FinetuneConfig,
-    mesh: Mesh,
-    saved: Checkpoints,
-    out: Path,
-    progress: Progress | None,
-) -> AdapterState:
-    """Steps up to `config.steps` or Ctrl-C. Metrics of a step are read once the next is on its way."""
-    step, pending, stopping = int(state.step), None, False
-    with stop_on_interrupt() as stop:
-        lines = JsonLines.resume(out / "metrics.jsonl", step) if is_primary() else None
-        mark = time.perf_counter()
-        while step < config.steps and not stopping:
-            state, metrics = run(state, placed(batches(step), mesh))
-            step, before, pending = step + 1, pending, (step + 1, metrics)
-            mark = _told(before, lines, progress, mark)
-            stopping = any_process(stop(), step)
-            if stopping or step == config.steps or (config.checkpoint_every and step % config.checkpoint_every == 0):
-                mark, pending = _told(pending, lines, progress, mark), None
-                saved.save(step, state)
-        if lines is not None:
-            lines.close()
-        saved.wait()
-    if stopping:
-        raise KeyboardInterrupt(f"stopped after step {step}; the state is saved")
-    return state
-
-
-def _told(pending: Any, lines: JsonLines | None, progress: Progress | None, mark: float) -> float:
-    """Writes the metrics of a step; the time at which they were there."""
-    if pending is None:
-        return mark
-    step, values = pending[0], {name: float(value) for name, value in jax.device_get(pending[1]).items()}
-    now = time.perf_counter()
-    if lines is not None:
-        lines.log(step, values | {"step_ms": 1e3 * (now - mark)})
-    if progress is not None:
-        progress(step, values)
-    for name in ("loss", "penalty", "grad_norm"):
-        if not math.isfinite(values[name]):
-            raise NotFinite(f"{name} = {values[name]} at step {step}: expected a finite number")
-    return now
 
 
 def placed(batch: Batch, mesh: Mesh) -> Batch:

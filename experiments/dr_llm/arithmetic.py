@@ -32,8 +32,8 @@ from experiments.experiment import StudyProgress
 from experiments.finetune import Base
 from experiments.overrides import flatten
 from experiments.step import make_optimizer
+from experiments.stepping import stepped
 from experiments.tasks.symbolic import mixed_bits, split_codes
-from experiments.train import stop_on_interrupt
 from moe.config import ModelConfig, require
 from moe.transformer import Transformer, init_params
 from parallel.checkpoint import Checkpoints
@@ -221,21 +221,18 @@ class Arithmetic:
         """The model of a seed, trained in `folder` unless it is there. KeyboardInterrupt once it is saved."""
         tx = make_optimizer(self.pretraining, self.steps)
         mark = flatten(self) | {"seed": seed}
-        with Checkpoints(folder, fingerprint=mark) as saved, stop_on_interrupt() as stop:
+        with Checkpoints(folder / "checkpoints", fingerprint=mark) as saved:
             params = jax.jit(partial(init_params, self.model))(jax.random.key(seed))
             state = BaseState(jnp.int32(0), params, tx.init(params))
             if saved.latest() is not None:
                 state = saved.restore(state)
-            for step in range(int(state.step), self.steps):
-                state, loss = _train_step(self.model, tx, state, *self.training_rows(seed, step))
-                if step % 50 == 49:
-                    progress(step + 1, f"base: step {step + 1} of {self.steps}, loss {float(loss):.3f}")
-                if stop() or step + 1 == self.steps:
-                    saved.save(step + 1, state)
-                if stop():
-                    saved.wait()
-                    raise KeyboardInterrupt(f"stopped after step {step + 1} of the base; the state is saved")
+            one = lambda state, step: _train_step(self.model, tx, state, *self.training_rows(seed, step))  # noqa: E731
+            state = stepped(state, one, self.steps, saved, folder, progress=partial(self.told, progress))
         return Base(self.model, state.params, {})
+
+    def told(self, progress: StudyProgress, step: int, metrics: dict[str, float]) -> None:
+        if step % 50 == 0:
+            progress(step, f"base: step {step} of {self.steps}, loss {metrics['loss']:.3f}")
 
     def training_rows(self, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [B, S] of one step, and the positions [B] before the answers."""
@@ -259,7 +256,7 @@ class BaseState:
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def _train_step(
     config: ModelConfig, tx: Any, state: BaseState, tokens: Array, before: Array
-) -> tuple[BaseState, Array]:
+) -> tuple[BaseState, dict[str, Array]]:
     """One step on tokens [B, S + 1], of which only the answers, after position `before` [B], are learned:
     prompts are random."""
 
@@ -276,4 +273,4 @@ def _train_step(
 
     loss, grads = jax.value_and_grad(loss_of)(state.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    return BaseState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), loss
+    return BaseState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), {"loss": loss}

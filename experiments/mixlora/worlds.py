@@ -20,9 +20,9 @@ from experiments.finetune import AdaptedScorer, Base, answered, released, releas
 from experiments.initial import pretrained_config
 from experiments.overrides import flatten
 from experiments.step import compile_step, init_state, make_optimizer
+from experiments.stepping import stepped
 from experiments.tasks import symbolic
 from experiments.tasks.training import Batch, Tokenized, mixture, tokenized
-from experiments.train import stop_on_interrupt
 from moe.config import ModelConfig, require
 from moe.lora.config import AdapterConfig
 from parallel.checkpoint import Checkpoints
@@ -74,20 +74,14 @@ class Symbolic:
                         steps=self.pretraining_steps, seed=seed)  # fmt: skip
         mesh, tx = make_mesh(), make_optimizer(run.optimizer, run.steps)
         mark = flatten(replace(run, checkpoint_every=0)) | {"digits": self.digits}
-        with jax.set_mesh(mesh), Checkpoints(folder, fingerprint=mark) as saved, stop_on_interrupt() as stop:
+        with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints", fingerprint=mark) as saved:
             state = jax.jit(functools.partial(init_state, run, tx))()
             if saved.latest() is not None:
                 state = saved.restore(state)
-            step_fn, first = compile_step(run, tx, mesh), int(state.step)
-            for step in range(first, run.steps):
-                state, metrics = step_fn(state, self.text(seed, step))
-                if step % 50 == 49:
-                    progress(0, f"base step {step + 1} loss {float(metrics['loss']):.3f}")
-                if stop() or step + 1 == run.steps:
-                    saved.save(step + 1, state)
-                if stop():
-                    saved.wait()
-                    raise KeyboardInterrupt(f"stopped after step {step + 1} of the base; the state is saved")
+            one = compile_step(run, tx, mesh)
+            told = lambda step, m: None if step % 50 else progress(0, f"base step {step} loss {m['loss']:.3f}")  # noqa: E731
+            run_step = lambda state, step: one(state, self.text(seed, step))  # noqa: E731
+            state = stepped(state, run_step, run.steps, saved, folder, progress=told)
         return Base(self.model, state.params, state.router_state)
 
     def text(self, seed: int, step: int) -> dict[str, jax.Array]:
