@@ -100,7 +100,7 @@ def penalty_bilevel(
     w_opt: optax.GradientTransformation,
     u_opt: optax.GradientTransformation,
     lam_opt: optax.GradientTransformation,
-    part: Part | None = None,
+    part: Part = whole,
     paired: bool = True,
     lam_decay: bool = False,
 ) -> Bilevel:
@@ -119,7 +119,7 @@ def penalty_bilevel(
     Raises:
       ValueError: alpha that is not a finite number above 0, a `lam_opt` that decays unasked.
     """
-    parts = part or whole(), part or whole()
+    parts = part, part
     return _bilevel(outer_loss, inner_loss, shared_out, alpha, w_opt, u_opt, lam_opt, parts, paired, lam_decay)
 
 
@@ -131,8 +131,8 @@ def released_bilevel(
     w_opt: optax.GradientTransformation,
     u_opt: optax.GradientTransformation,
     lam_opt: optax.GradientTransformation,
-    part: Part | None = None,
-    part_u: Part | None = None,
+    part: Part = whole,
+    part_u: Part = whole,
 ) -> Bilevel:
     """As the authors' preview code, 2003pro/ScaleBiO of July 2024: see the module for what it counts otherwise.
 
@@ -140,7 +140,7 @@ def released_bilevel(
     silent decay of 0.01: `lam_opt = optax.adamw(1e-2, weight_decay=0.01)`. alpha grows by a factor at each outer round:
     a schedule. Arguments and errors as in `penalty_bilevel`; lam may decay.
     """
-    parts = part or whole(), part_u or whole()
+    parts = part, part_u
     return _bilevel(outer_loss, inner_loss, dropped, alpha, w_opt, u_opt, lam_opt, parts, True, True)
 
 
