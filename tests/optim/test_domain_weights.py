@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from optim.domain_weights import (
     average_weights,
@@ -18,6 +19,7 @@ from optim.domain_weights import (
     inner_products,
     released_estimate,
 )
+from parallel.mesh import make_mesh
 
 LAMBDA = np.array([0.3, 0.0, 1.2, 0.7])
 TOKENS = np.array([10.0, 200.0, 3.0, 50.0])
@@ -116,6 +118,21 @@ def test_sums_of_halves_are_those_of_the_batch():
     for i, want in enumerate(whole):
         np.testing.assert_array_equal(halves[0][i] + halves[1][i], want)
     np.testing.assert_array_equal(whole[0], [np.asarray(values)[np.asarray(ids) == d].sum() for d in range(4)])
+
+
+def test_a_batch_over_eight_devices_moves_weights_as_on_one():
+    rng = np.random.default_rng(0)
+    losses = [jnp.asarray(rng.integers(0, 9, (16, 5)), jnp.float32) for _ in range(2)]
+    ids, rule = jnp.asarray(rng.integers(0, 4, 16)), doremi()
+
+    @jax.jit
+    def weights(proxy, reference, ids):
+        return rule.update(*excess_loss(proxy, reference, ids, 4), rule.init(4))[0]
+
+    split = NamedSharding(make_mesh(data=8), PartitionSpec("data"))
+    over = weights(*(jax.device_put(x, split) for x in (*losses, ids)))
+    np.testing.assert_array_equal(over, weights(*losses, ids))
+    assert len(over.devices()) == 8
 
 
 def quadratics(theta, centres):
