@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from moe.config import BalanceScope, ModelConfig, require
 
@@ -85,6 +86,45 @@ class BalanceConfig:
 
 
 @dataclass(frozen=True)
+class ReweightingConfig:
+    """Weights from the losses themselves, `optim.reweighting`. Router losses are not weighted.
+
+    Attributes:
+      strategy: a score of `optim.reweighting.SCORES`, `lin_upper`, with options as in a call, `ohem(share=0.5)`; or an
+        import path `package.module:function`.
+      r: the temperature, that is the strength of the pull to uniform weights; infinity is uniform.
+      delta: half the width losses are spread over.
+      warmup_steps: first steps, which have temperature `warm_r`.
+      level: what is weighted, a sequence's mean loss or a token's loss.
+      scope: the set of units that weights are of, to be named under accumulation: `micro`, those of one pass, whose
+        weights sum to 1 / A; or `global`, those of the optimiser step, which costs one more forward pass over it.
+      clip_quantile: scores see losses of at most this quantile of the scope; 1 is off.
+    """
+
+    strategy: str = "lin_upper"
+    r: float = 1.0
+    delta: float = 1.0
+    warmup_steps: int = 0
+    warm_r: float = 100.0
+    level: Literal["sample", "token"] = "sample"
+    scope: Literal["", "micro", "global"] = ""
+    clip_quantile: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("r", "warm_r"):
+            require(getattr(self, name) > 0, f"reweighting.{name}", getattr(self, name), "a number above 0")
+        require(0 < self.delta < math.inf, "reweighting.delta", self.delta, "a finite number above 0")
+        require(self.warmup_steps >= 0, "reweighting.warmup_steps", self.warmup_steps, "0 or more")
+        require(self.level in ("sample", "token"), "reweighting.level", self.level, "sample or token")
+        require(self.scope in ("", "micro", "global"), "reweighting.scope", self.scope, "micro or global")
+        quantile = self.clip_quantile
+        require(0 < quantile <= 1, "reweighting.clip_quantile", quantile, "above 0, at most 1 (off)")
+        from experiments.weighted_loss import make_score  # it needs JAX
+
+        make_score(self.strategy)
+
+
+@dataclass(frozen=True)
 class MeshConfig:
     """Devices along the three axes; their product is the number of devices used."""
 
@@ -131,6 +171,7 @@ class RunConfig:
 
     Attributes:
       init: where its parameters come from.
+      reweighting: weights from the losses themselves; None for the mean over tokens.
       batch_size: sequences per optimiser step, over all devices and accumulation steps.
       accumulation: A, forward-backward passes per optimiser step; divides batch_size.
       steps: optimiser steps of the whole schedule.
@@ -144,6 +185,7 @@ class RunConfig:
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     init: InitConfig = field(default_factory=InitConfig)
+    reweighting: ReweightingConfig | None = None
     batch_size: int = 32
     accumulation: int = 1
     steps: int = 400
@@ -174,6 +216,12 @@ class RunConfig:
             self.batch_size,
             f"batch_size / accumulation = {per_pass} divisible by the mesh's {devices} devices "
             f"(data x fsdp x expert = {self.mesh.data} x {self.mesh.fsdp} x {self.mesh.expert})",
+        )
+        require(
+            self.reweighting is None or self.accumulation == 1 or self.reweighting.scope != "",
+            "reweighting.scope",
+            "",
+            f"micro or global, by name: accumulation = {self.accumulation} passes make an optimiser step",
         )
         if self.balance.scope in ("microbatch", "shuffle_micro"):
             require(

@@ -22,6 +22,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.config import OptimizerConfig, RunConfig
+from experiments.weighted_loss import (
+    Weighting,
+    pass_weighting,
+    step_weighting,
+    token_losses,
+    unit_losses,
+    weighted_cross_entropy,
+    with_effective_samples,
+)
 from kernels.cross_entropy import cross_entropy
 from moe.losses import (
     BalancePrior,
@@ -158,6 +167,23 @@ def step_frequency(config: RunConfig, state: TrainState, batch: Batch, step_key:
     return frequency.reshape(frequency.shape[0], config.accumulation, -1, moe.num_experts).swapaxes(0, 1)
 
 
+def data_weighting(config: RunConfig, state: TrainState, batch: Batch, step_key: Array) -> Weighting | None:
+    """How `config.reweighting` weights each pass, None without it. Weights of the whole step under accumulation cost
+    one forward pass: all losses before the first gradient, with the parameters and keys they will have."""
+    weigh = config.reweighting
+    if weigh is None:
+        return None
+    if config.accumulation == 1 or weigh.scope == "micro":
+        return pass_weighting(weigh, state.step, targets_of(batch)[1])
+
+    def look(_: None, one: tuple[Batch, Array]) -> tuple[None, tuple[Array, Array]]:
+        out = forward(config, state.params, one[0], state.router_state, one[1])
+        targets, weights = targets_of(one[0])
+        return None, unit_losses(weigh, token_losses(out, targets), weights)
+
+    return step_weighting(weigh, state.step, *jax.lax.scan(look, None, (batch, _pass_keys(config, step_key)))[1])
+
+
 def _for_every_pass(config: RunConfig, frequency: Array) -> Array:
     """[L, E] -> [A, L, 1, E]."""
     layers, experts = frequency.shape
@@ -189,12 +215,17 @@ def pass_loss(
     router_state: Any,
     total_targets: Array,
     total_tokens: Array,
+    weighting: Weighting | None = None,
 ) -> tuple[Array, tuple[dict[str, Array], RoutingStats | None]]:
     """This pass' share of the step's loss, and its sums. Added up over passes they are the loss of the whole batch."""
     out = forward(config, params, batch, router_state, key)
-    ce = summed_cross_entropy(out, *targets_of(batch)) / jnp.maximum(total_targets, 1.0)
+    if config.reweighting is None or weighting is None:
+        ce = summed_cross_entropy(out, *targets_of(batch)) / jnp.maximum(total_targets, 1.0)
+        sums = {"loss": ce}
+    else:
+        ce, sums = weighted_cross_entropy(config.reweighting, out, *targets_of(batch), weighting, total_targets)
     if out.stats is None or config.model.moe is None:
-        return ce, ({"loss": ce}, None)
+        return ce, (sums, None)
     moe, stats, balance = config.model.moe, out.stats, config.balance
     if balance.scope == "shuffle_micro" and frequency is None:
         rows = stats.indices.reshape(stats.indices.shape[0], -1, stats.indices.shape[-1])
@@ -219,7 +250,7 @@ def pass_loss(
         terms["communication_loss"] = balance.communication_weight, scoped(sent, top_k=balance.device_limit)
     own = {name: jnp.sum(v) / jnp.maximum(total_tokens, 1.0) for name, v in stats.router_losses.items()}
     loss = ce + sum(weight * term for weight, term in terms.values()) + sum(own.values())
-    return loss, ({"loss": ce, **{name: term for name, (_, term) in terms.items()}, **own}, stats)
+    return loss, ({**sums, **{name: term for name, (_, term) in terms.items()}, **own}, stats)
 
 
 def train_step(
@@ -239,6 +270,7 @@ def train_step(
     total_targets = jnp.sum(targets_of(batch)[1])
     total_tokens = jnp.sum(batch["segment_ids"][..., :-1] > 0, dtype=jnp.float32)
     frequency = step_frequency(config, state, batch, step_key)
+    weighting = data_weighting(config, state, batch, step_key)
     grad = jax.value_and_grad(
         functools.partial(
             pass_loss,
@@ -251,9 +283,9 @@ def train_step(
         has_aux=True,
     )
 
-    def accumulate(prior: BalancePrior | None, one: tuple[Batch, Array | None, Array]) -> Any:
-        part, f, key = one
-        (_, (sums, stats)), grads = grad(state.params, part, f, prior, key)
+    def accumulate(prior: BalancePrior | None, one: tuple[Batch, Array | None, Weighting | None, Array]) -> Any:
+        part, f, w, key = one
+        (_, (sums, stats)), grads = grad(state.params, part, f, prior, key, weighting=w)
         if stats is None or prior is None:
             return prior, (grads, sums, {}, None, None), None
         size = config.balance.micro_batch_size
@@ -265,10 +297,10 @@ def train_step(
     moe = config.model.moe
     seen = BalancePrior.zeros(config.model.num_moe_layers, moe.num_experts) if moe else None
     seen, (grads, sums, counted, dropped, observed), counts = scan_sum(
-        accumulate, seen, (batch, frequency, _pass_keys(config, step_key)), config.accumulation
+        accumulate, seen, (batch, frequency, weighting, _pass_keys(config, step_key)), config.accumulation
     )
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    metrics = {**sums, "grad_norm": optax.tree.norm(grads), "tokens": total_tokens}
+    metrics = {**with_effective_samples(sums), "grad_norm": optax.tree.norm(grads), "tokens": total_tokens}
     router_state, method_state = state.router_state, state.method_state
     if moe is not None and seen is not None:
         counts = counts.swapaxes(0, 1).reshape(counts.shape[1], -1, moe.num_experts)  # [L, G, E] of the whole step
