@@ -4,18 +4,22 @@ BAdam   one block of layers after another, everything else frozen      (Luo et a
 LISA    gamma layers drawn anew each window; embeddings and head always (Pan et al., 2403.17919, algorithm 1)
 
 Leaves that are stacked over layers [L, ...] have slots for the active ones: the state is really small, and another
-choice compiles nothing. Moments begin anew with each choice. The gradient of all layers is still formed here; leaving
-that out is for the step that asks for it.
+choice compiles nothing. Moments begin anew with each choice. `badam` and `lisa` take the gradient of all layers;
+`adam_of_part` is both without it, for steps that differentiate the active layers alone (`optim.parts.active_layers`).
 Traps of the released code: BAdam's first block is active one step less than the others; LISA's never gives up the
 moments of layers that were active before.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
+from jax import Array
 
+from optim.checks import require_schedule
 from optim.frugal import scale_by_frugal
 from optim.subspaces import Axes, LayerOrder, MatrixAxes, layers
 
@@ -91,3 +95,60 @@ def _whole(
     matrix = scale_by_layers(active, update_gap=update_gap, order=order, inner=adam, seed=seed, axes=axes)
     parts = optax.partition({"layers": matrix, "adam": adam, "frozen": optax.set_to_zero()}, labels)
     return optax.chain(parts, optax.scale_by_learning_rate(learning_rate))
+
+
+class RestartedState(NamedTuple):
+    """Steps done, and the inner transform's state."""
+
+    count: Array
+    inner: Any
+
+
+def restarted(inner: optax.GradientTransformation, update_gap: int) -> optax.GradientTransformation:
+    """`inner` with fresh state every `update_gap` steps, the first one included; it needs no parameters.
+
+    Raises:
+      ValueError: a bad gap.
+    """
+    require_schedule(update_gap, 0)
+
+    def init(params: Any) -> RestartedState:
+        return RestartedState(jnp.int32(0), inner.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, RestartedState]:
+        del params
+        fresh, begun = state.count % update_gap == 0, inner.init(jax.tree.map(jnp.zeros_like, updates))
+        kept = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), begun, state.inner)
+        updates, kept = inner.update(updates, kept)
+        return updates, RestartedState(optax.safe_increment(state.count), kept)
+
+    return optax.GradientTransformation(init, update)
+
+
+def adam_of_part(
+    learning_rate: optax.ScalarOrSchedule,
+    labels: Any,
+    *,
+    update_gap: int = 20,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    mask: Any = None,
+) -> optax.GradientTransformation:
+    """The optimiser of what `optim.parts.active_layers` takes, with the same `labels` and `update_gap`: step for step
+    `lisa` or `badam`, without the other layers' gradients.
+
+    Its first step must be one where a window begins. Decay, of `optax.add_decayed_weights`, is of what trains alone.
+    """
+    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+    of_part = labels if callable(labels) else lambda trained: jax.tree.map(_label_of, labels, trained)
+    return optax.chain(
+        optax.partition({"layers": restarted(adam, update_gap), "adam": adam}, of_part),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _label_of(label: str, trained: Any) -> str | None:
+    return None if trained is None else label
