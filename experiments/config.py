@@ -17,17 +17,24 @@ class DataConfig:
     """What is read.
 
     Attributes:
-      corpus: `packaged` (the multi-domain corpus of `data fetch`), `synthetic` (made in memory, for tests), or a
-        directory written by `data build`.
+      corpus: `packaged` (the multi-domain corpus of `data fetch`), `synthetic` (made in memory, for tests), a
+        directory written by `data build`, or a call of `experiments.data.noise`, `noised(levels=(0.0, 0.5))`.
       seq_len: S, predicted tokens per sequence; a sample holds S + 1 tokens of one domain.
       domains: subset of the corpus' domains, empty for all.
       allow_unclear_rights: keep domains whose text rights are marked unclear.
+      weights: proportions of the domains in training, in the corpus' order; 0 leaves one out. Empty: equal numbers.
     """
 
     corpus: str = "packaged"
     seq_len: int = 128
     domains: tuple[str, ...] = ()
     allow_unclear_rights: bool = True
+    weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        valid = all(0.0 <= weight < math.inf for weight in self.weights)
+        valid = valid and (not self.weights or 0.0 < sum(self.weights) < math.inf)
+        require(valid, "data.weights", self.weights, "finite numbers, 0 or more and not all 0; or none")
 
 
 @dataclass(frozen=True)

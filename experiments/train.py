@@ -183,7 +183,7 @@ def start_from(source: Source, config: RunConfig, tx: Any, mesh: Mesh, corpus: C
 @contextmanager
 def feeding(config: RunConfig, corpus: Corpus, mesh: Mesh, start_step: int) -> Iterator[Iterator[Batch]]:
     """Batches [A, B, S + 1] on the mesh from the data position of `start_step`; process p reads its slice only."""
-    dataset = make_dataset(corpus, "train", config.data.seq_len, config.seed)
+    dataset = make_dataset(corpus, "train", config.data.seq_len, config.seed, config.data.weights)
     passes = config.accumulation
     source = batches(
         dataset,

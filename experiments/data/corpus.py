@@ -1,6 +1,7 @@
 """A corpus as everything else sees it: named domains, one token stream per domain and split.
 
-`open_corpus` returns the same object for the packaged corpus, a directory written by `data build`, and synthetic data.
+`open_corpus` returns the same object for the packaged corpus, a directory written by `data build`, synthetic data, and
+what is made of one of them in memory.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from moe.config import require
 
 FETCH_COMMAND = "python -m experiments data fetch"
 FETCH_MODELS_COMMAND = f"{FETCH_COMMAND} --models"
+MADE = ("noised", "redundant")  # of another corpus, by `experiments.data.noise`
 Key = tuple[str, str]  # (domain, split)
 
 
@@ -109,7 +111,8 @@ def open_corpus(config: DataConfig) -> Corpus:
 
     Raises:
       DataError: the corpus is missing (says which command makes it), damaged or foreign.
-      ValueError: an unknown domain, or no domain left.
+      ValueError: an unknown domain, or no domain left; options that a made corpus does not take; weights that are not
+        as many as the domains, or of domains named in another order than the corpus'.
     """
     if config.corpus == "synthetic":
         from experiments.data.synthetic import synthetic_corpus
@@ -120,13 +123,24 @@ def open_corpus(config: DataConfig) -> Corpus:
         if not (folder / "corpus.json").is_file():
             raise DataError(f"the packaged corpus is missing (looked in {folder}): run `{FETCH_COMMAND}` first")
         corpus = load_directory(folder)
+    elif config.corpus.partition("(")[0].strip() in MADE:
+        from moe.routing import from_spec  # it needs JAX
+
+        corpus = from_spec(config.corpus, "experiments.data.noise:{}", "data.corpus")
     else:
         folder = Path(config.corpus).expanduser()
         if not (folder / "corpus.json").is_file():
-            raise DataError(f"data.corpus = {config.corpus!r}: expected `packaged`, `synthetic`, or a directory "
-                            "written by `python -m experiments data build` (one with a corpus.json)")
+            raise DataError(f"data.corpus = {config.corpus!r}: expected `packaged`, `synthetic`, a call such as "
+                            f"`{MADE[0]}(levels=(0.0, 0.5))` or `{MADE[1]}(share=0.8)`, or a directory written by "
+                            "`python -m experiments data build` (one with a corpus.json)")
         corpus = load_directory(folder)
-    return select(corpus, config.domains, config.allow_unclear_rights)
+    corpus = select(corpus, config.domains, config.allow_unclear_rights)
+    if config.weights:
+        count, order = len(corpus.domains), ", ".join(corpus.domains)
+        require(len(config.weights) == count, "data.weights", config.weights, f"{count} numbers, for {order}; or none")
+        require(config.domains in ((), corpus.domains), "data.domains", config.domains,
+                f"the order of data.weights, which is the corpus': {order}")
+    return corpus
 
 
 def select(corpus: Corpus, domains: tuple[str, ...], allow_unclear_rights: bool) -> Corpus:

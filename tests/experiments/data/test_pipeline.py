@@ -1,20 +1,29 @@
 """The input pipeline is a function of (seed, index): any process count, any start, one domain per sequence."""
 
+import hashlib
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from experiments import recipes
 from experiments.config import DataConfig
 from experiments.data.corpus import Corpus, DomainInfo, Stream, open_corpus
 from experiments.data.pipeline import (
+    Weighted,
     batch_at,
     batches,
     eval_sequences,
     make_dataset,
     num_windows,
+    proportions,
     shuffle_window,
     window,
 )
 from experiments.data.synthetic import synthetic_corpus
+from experiments.overrides import with_overrides
+from experiments.train import feeding, fit
+from parallel.mesh import make_mesh
 
 SEQ = 16
 NAMES = {"tokens", "segment_ids", "positions", "domain"}
@@ -125,6 +134,97 @@ def test_batches_restart_anywhere():
     late = batches(dataset, 12, 4)
     np.testing.assert_array_equal(next(late)["tokens"], first[3]["tokens"])
     late.close()
+
+
+def test_the_order_without_weights_is_pinned():
+    """Committed results were trained on it: a new one makes them another experiment."""
+    batch = batch_at(make_dataset(synthetic_corpus(), "train", SEQ, seed=0), 5000, 256)
+    content = b"".join(batch[name].astype("<i4").tobytes() for name in sorted(NAMES))
+    assert hashlib.sha256(content).hexdigest()[:16] == "87517c686d2aa035"
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_equal_weights_are_no_weights(count):
+    corpus = synthetic_corpus(num_domains=count)
+    plain, weighted = make_dataset(corpus, "train", SEQ, 4), make_dataset(corpus, "train", SEQ, 4, (0.3,) * count)
+    for start in (0, 64 * shuffle_window(count) - 32, 10**7):
+        one, other = batch_at(plain, start, 64), batch_at(weighted, start, 64)
+        for name in NAMES:
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+@pytest.mark.parametrize("weights", [(5.0, 3.0, 1.5, 0.5), (0.35, 0.65, 0.0, 0.0), (1e-3, 0.0, 0.3, 0.7), (0, 0, 0, 2)])
+def test_domains_come_in_proportion_to_their_weights(weights):
+    p = np.array(weights) / np.sum(weights)
+    corpus = synthetic_corpus(num_domains=4)
+    dataset = make_dataset(corpus, "train", SEQ, 0, weights)
+    run = shuffle_window(4)
+    domains = np.array([int(dataset[i]["domain"]) for i in range(4 * run)])
+    for part in domains.reshape(4, run):  # of every run, not only of all
+        assert np.abs(np.bincount(part, minlength=4) - run * p).max() <= 2
+    assert np.abs(np.bincount(domains, minlength=4) - 4 * run * p).max() <= 2
+    assert len(set(domains[:32].tolist())) >= min(2, np.sum(p > 0.1))  # shuffled, no blocks
+    late = batch_at(make_dataset(corpus, "train", SEQ, 0, weights), 3 * run + 5, 8)
+    assert late["domain"].tolist() == domains[3 * run + 5 : 3 * run + 13].tolist()
+
+
+def test_long_runs_keep_the_weights():
+    """Where shares are rounded once a cycle and nowhere else."""
+    p = proportions((0.35, 0.2, 0.45), 3)
+    chosen = Weighted(p, 64 * 1026)
+    first = np.array([chosen[i] for i in range(200_000)])
+    assert np.abs(np.bincount(first[:, 0]) - 200_000 * p).max() <= 4
+    for d in range(3):  # every window of a domain in turn, over the seams of cycles too
+        np.testing.assert_array_equal(first[first[:, 0] == d, 1], np.arange(np.sum(first[:, 0] == d)))
+
+
+def test_a_weighted_domain_goes_through_all_its_windows():
+    corpus = tiny_corpus(sizes=(641, 641))
+    seen = batch_at(make_dataset(corpus, "train", SEQ, 1, (3, 1)), 0, shuffle_window(2))
+    for d, count in ((0, 768), (1, 256)):
+        rows = seen["tokens"][seen["domain"] == d]
+        assert len(rows) == count
+        times = np.unique(rows, axis=0, return_counts=True)[1]
+        assert len(times) == 40
+        assert np.ptp(times) <= 1
+
+
+@pytest.mark.parametrize("weights", [(-1.0, 2.0), (float("nan"), 1.0), (float("inf"), 1.0), (0.0, 0.0)])
+def test_bad_weights_are_refused(weights):
+    with pytest.raises(ValueError, match=r"data.weights = .*: expected finite numbers, 0 or more and not all 0"):
+        DataConfig(weights=weights)
+    with pytest.raises(ValueError, match=r"data.weights = .*: expected finite numbers, 0 or more and not all 0"):
+        make_dataset(tiny_corpus(), "train", SEQ, 0, weights)
+
+
+def test_weights_are_for_the_corpus_domains_in_its_order(tmp_path):
+    config = DataConfig(corpus="synthetic", seq_len=32, weights=(1.0,) * 8)
+    assert open_corpus(config).domains == open_corpus(replace(config, weights=())).domains
+    with pytest.raises(ValueError, match=r"data.weights = \(1.0, 2.0\): expected 8 numbers, for chain-0, chain-1"):
+        open_corpus(replace(config, weights=(1.0, 2.0)))
+    with pytest.raises(ValueError, match=r"data.weights = \[1.0, 2.0\]: expected 8 numbers"):
+        make_dataset(open_corpus(replace(config, weights=())), "train", SEQ, 0, (1.0, 2.0))
+    two = replace(config, domains=("chain-1", "chain-5"), weights=(1.0, 2.0))
+    assert open_corpus(two).domains == two.domains
+    with pytest.raises(ValueError, match=r"data.domains = \('chain-5', 'chain-1'\): expected the order of"):
+        open_corpus(replace(two, domains=two.domains[::-1]))
+    smoke = recipes.smoke()
+    assert with_overrides(smoke, ["data.weights=0,0,0,1,0,0,0,3"]).data.weights == (0, 0, 0, 1, 0, 0, 0, 3)
+    with pytest.raises(ValueError, match="data.weights"):
+        fit(replace(smoke, data=replace(smoke.data, weights=(1.0,))), tmp_path / "out")
+    assert not (tmp_path / "out").exists()  # before anything is written or compiled
+
+
+def test_training_reads_the_weighted_domains():
+    smoke = recipes.smoke()
+    config = replace(smoke, data=replace(smoke.data, weights=(0, 0, 0, 0, 0, 1, 0, 0)))
+    corpus = open_corpus(config.data)
+    with feeding(config, corpus, make_mesh(1, 1, 1), 0) as feed:
+        tokens = np.asarray(next(feed)["tokens"])
+    stream = np.asarray(corpus.stream("chain-5", "train").tokens).tobytes()
+    rows = tokens.reshape(-1, tokens.shape[-1])
+    assert len(rows) == config.batch_size
+    assert all(row.astype(np.uint8).tobytes() in stream for row in rows)
 
 
 def test_eval_takes_equal_spread_windows():
