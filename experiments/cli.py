@@ -191,6 +191,19 @@ def bench_optimizers(json: Path, rounds: int = 12) -> None:
     main(json, rounds)
 
 
+def bench_bilevel(json: Path, rounds: int = 20) -> None:
+    """Time a step of ScaleBiO beside plain fine-tuning; the bytes of its two models and their moments.
+
+    Args:
+      json: result file.
+      rounds: interleaved rounds; medians are reported, of ratios with 95% intervals.
+    """
+    start(None)
+    from experiments.bench.bilevel import main
+
+    main(json, rounds)
+
+
 def bench_lora_experts(json: Path, rounds: int = 30) -> None:
     """Time MixLoRA's feed-forward against its naive form and plain LoRA; the bytes of several adapters of one base.
 
@@ -411,6 +424,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "bench routing-metrics": bench_routing_metrics,
     "bench optimizers": bench_optimizers,
     "bench lora-experts": bench_lora_experts,
+    "bench bilevel": bench_bilevel,
     "bench generate": bench_generate,
     "convert": convert,
     "logits": logits,

@@ -20,20 +20,16 @@ from experiments.config import RunConfig
 from experiments.data.corpus import Corpus
 from experiments.data.pipeline import eval_sequences
 from experiments.step import TrainState, forward, targets_of
-from kernels.cross_entropy import token_nll
+from experiments.weighted_loss import token_losses
 from moe.metrics import max_violation, mutual_information
-from parallel.mesh import AXES, BATCH, on_shards
+from parallel.mesh import BATCH
 
 
 def sequence_sums(params: Any, batch: dict[str, Array], router_state: Any, *, config: RunConfig) -> dict[str, Array]:
     """Per-sequence sums over one batch of leaves [N, S + 1]; every output leads with N."""
     out = forward(config, params, batch, router_state, key=None)
     targets, weights = targets_of(batch)
-    tokens = P(AXES)
-    nll = on_shards(token_nll, (P(AXES, None), P(), tokens), tokens)(
-        out.hidden.reshape(-1, out.hidden.shape[-1]), out.head.astype(out.hidden.dtype), targets.reshape(-1)
-    )
-    sums = {"nll": jnp.sum(nll.reshape(targets.shape) * weights, axis=1), "targets": weights.sum(axis=1)}
+    sums = {"nll": jnp.sum(token_losses(out, targets) * weights, axis=1), "targets": weights.sum(axis=1)}
     if out.stats is not None:
         tokens_n = jnp.maximum(out.stats.tokens[0], 1.0)
         sums |= {
@@ -73,25 +69,23 @@ def evaluate(config: RunConfig, state: TrainState, corpus: Corpus, mesh: Mesh) -
       metrics: `val_ce`, `test_ce` (nats per token), and for MoE `val_max_violation` and from the test split:
         `domain_expert_mi` (mean over layers of I(domain; expert), nats), `max_violation` (counts pooled over the split)
         and `max_violation_sequence`, `top_score`.
-      series: `domains`, `domain_ce` [D] (test), `domain_expert` [L][D][E] (share of a domain's assignments),
-        `layer_mi` [L].
+      series: `domains`, `domain_val_ce` and (of test) `domain_ce` [D], `domain_expert` [L][D][E] (share of a domain's
+        assignments), `layer_mi` [L].
     """
     metrics: dict[str, float] = {}
     sums: dict[str, np.ndarray] = {}
     domain = np.zeros(0, np.int64)
+    by_domain = lambda x: np.stack([x[domain == d].sum(axis=0) for d in range(len(corpus.domains))])  # noqa: E731
+    series: dict[str, Any] = {"domains": list(corpus.domains)}
     size = config.batch_size // config.accumulation  # of a training pass: it is known to fit
     run = jax.jit(functools.partial(sequence_sums, config=config), out_shardings=NamedSharding(mesh, P()))
-    for split, name in (("validation", "val_ce"), ("test", "test_ce")):
+    for split, name, by in (("validation", "val_ce", "domain_val_ce"), ("test", "test_ce", "domain_ce")):
         data = eval_sequences(corpus, split, config.data.seq_len, config.eval_tokens_per_domain)
         sums, domain = collect(run, size, state, mesh, data), data["domain"]
         metrics[name] = float(sums["nll"].sum() / sums["targets"].sum())
+        series[by] = (by_domain(sums["nll"]) / by_domain(sums["targets"])).round(5).tolist()
         if split == "validation" and "counts" in sums:
             metrics["val_max_violation"] = pooled_violation(sums["counts"])
-    by_domain = lambda x: np.stack([x[domain == d].sum(axis=0) for d in range(len(corpus.domains))])  # noqa: E731
-    series: dict[str, Any] = {
-        "domains": list(corpus.domains),
-        "domain_ce": (by_domain(sums["nll"]) / by_domain(sums["targets"])).round(5).tolist(),
-    }
     if "counts" in sums:
         counts = by_domain(sums["counts"]).swapaxes(0, 1)  # [L, D, E]
         layer_mi = np.asarray(mutual_information(jnp.asarray(counts)))

@@ -20,6 +20,7 @@ METRICS = (
     "flops_per_token", "state_bytes_per_parameter", "step_ms", "single_accuracy", "multi_accuracy", "multi_task_drop",
     "mean_accuracy", "soft_accuracy", "top1_accuracy", "share_of_oracle", "top1_mi", "router_entropy",
     "soft_minus_topk", "soft_minus_top1", "samples_seen", "trainable_parameters", "tasks_used",
+    "p_clean", "kendall_tau", "passes",
 )  # fmt: skip
 TARGET = FOLDER.parent / "REPRODUCTIONS.md"
 HEAD = """# Reproductions

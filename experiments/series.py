@@ -10,7 +10,7 @@ from moe.config import require
 
 LIMIT = 200_000
 Series = dict[str, list[dict[str, Any]]]  # arm -> one dict of arrays per seed, as `experiments.train` makes them
-NOT_CURVES = ("domains", "domain_ce", "domain_expert", "layer_mi")
+NOT_CURVES = ("domains", "domain_val_ce", "domain_ce", "domain_expert", "layer_mi")
 
 
 def within_limit(series: Series, limit: int = LIMIT) -> Series:
