@@ -339,7 +339,7 @@ def data_list(corpus: str = "packaged") -> None:
     """Domains of a corpus: source, size, share, licence and rights.
 
     Args:
-      corpus: packaged, synthetic, or a directory of `data build`.
+      corpus: packaged, synthetic, a directory of `data build`, or what is made of one: noised(levels=(0.0, 0.5)).
     """
     from experiments.data.commands import list_corpus
 
@@ -369,7 +369,7 @@ def data_stats(corpus: str = "packaged", distinct: bool = True) -> None:
     """Tokens, documents and entropy per domain and split, and how distinct the domains are.
 
     Args:
-      corpus: packaged, synthetic, or a directory of `data build`.
+      corpus: packaged, synthetic, a directory of `data build`, or what is made of one: noised(levels=(0.0, 0.5)).
       distinct: also compress each domain with the others' text as a primer.
     """
     from experiments.data.commands import stats

@@ -130,9 +130,9 @@ def open_corpus(config: DataConfig) -> Corpus:
     else:
         folder = Path(config.corpus).expanduser()
         if not (folder / "corpus.json").is_file():
-            raise DataError(f"data.corpus = {config.corpus!r}: expected `packaged`, `synthetic`, a call such as "
-                            f"`{MADE[0]}(levels=(0.0, 0.5))` or `{MADE[1]}(share=0.8)`, or a directory written by "
-                            "`python -m experiments data build` (one with a corpus.json)")
+            raise DataError(f"data.corpus = {config.corpus!r}: expected `packaged`, `synthetic`, or a directory "
+                            "written by `python -m experiments data build` (one with a corpus.json), or a call such "
+                            f"as `{MADE[0]}(levels=(0.0, 0.5))` or `{MADE[1]}(share=0.8)`")
         corpus = load_directory(folder)
     corpus = select(corpus, config.domains, config.allow_unclear_rights)
     if config.weights:

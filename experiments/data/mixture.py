@@ -24,7 +24,7 @@ def independent(p: np.ndarray, key: np.ndarray, start: int, size: int) -> np.nda
     moves at most from each source to its neighbours.
     """
     words = np.random.Philox(key=key, counter=start).random_raw(4 * size)[::4]  # a block of four for each n
-    return _inverse(p, (words >> np.uint64(11)) * 2.0**-53)
+    return inverse_cdf(p, (words >> np.uint64(11)) * 2.0**-53)
 
 
 def stratified(p: np.ndarray, key: np.ndarray, start: int, size: int) -> np.ndarray:
@@ -32,12 +32,13 @@ def stratified(p: np.ndarray, key: np.ndarray, start: int, size: int) -> np.ndar
     shifted by one uniform and shuffled, both by (key, start) (systematic sampling)."""
     rng = np.random.Generator(np.random.Philox(key=key, counter=start << 64))  # far from the blocks of another start
     points = (rng.random() + np.arange(size)) / size
-    return rng.permutation(_inverse(p, np.minimum(points, np.nextafter(1.0, 0.0))))
+    return rng.permutation(inverse_cdf(p, np.minimum(points, np.nextafter(1.0, 0.0))))
 
 
-def _inverse(p: np.ndarray, points: np.ndarray) -> np.ndarray:
+def inverse_cdf(p: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Points [n] in [0, 1) to sources [n]; none to a source of weight 0."""
     bounds = np.cumsum(p)
-    return np.searchsorted(bounds / bounds[-1], points, side="right")  # right: none falls to a source of weight 0
+    return np.searchsorted(bounds / bounds[-1], points, side="right")
 
 
 DRAWS: dict[str, Callable[[np.ndarray, np.ndarray, int, int], np.ndarray]] = {

@@ -6,7 +6,7 @@ import grain
 import numpy as np
 import pytest
 
-from experiments.data.mixture import Mixture, independent, stratified
+from experiments.data.mixture import Mixture, independent, inverse_cdf, stratified
 from experiments.data.pipeline import batch_at, domain_datasets, make_dataset
 from experiments.data.synthetic import synthetic_corpus
 
@@ -80,6 +80,11 @@ def test_stratified_batches_have_every_source_in_proportion(size):
         shares = np.bincount(np.concatenate(batches), minlength=4) / (50 * size)
         assert np.abs(shares - p).max() < 5 * 0.5 / size / np.sqrt(50)  # not always the same ones are rounded up
     assert any(np.any(np.diff(batch) < 0) for batch in batches)  # processes get all sources
+
+
+def test_points_on_a_bound_fall_to_no_source_of_weight_zero():
+    points = np.array([0.0, 0.25, 0.5, np.nextafter(1.0, 0.0)])
+    assert inverse_cdf(np.array([0.0, 0.5, 0.0, 0.5, 0.0]), points).tolist() == [1, 1, 3, 3]
 
 
 @pytest.mark.parametrize("draw", DRAWS)

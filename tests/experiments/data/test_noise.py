@@ -1,10 +1,14 @@
 """Sources made of one domain: what is replaced, by what, how often, and what stays clean."""
 
+import io
+from functools import partial
+
 import numpy as np
 import pytest
+from rich.console import Console
 
 from experiments.config import DataConfig
-from experiments.data import DataError
+from experiments.data import DataError, commands
 from experiments.data.corpus import open_corpus
 from experiments.data.noise import noised, redundant
 from experiments.data.pipeline import make_dataset
@@ -101,6 +105,14 @@ def test_the_pipeline_takes_it():
     stream = np.asarray(corpus.stream("noise-90", "train").tokens).tobytes()
     assert int(sample["domain"]) == 3
     assert sample["tokens"].astype(np.uint8).tobytes() in stream
+
+
+@pytest.mark.parametrize("show", [commands.list_corpus, partial(commands.stats, distinct=False)])
+def test_the_command_line_shows_it(show):
+    out = io.StringIO()
+    show(corpus=NOISED, console=Console(file=out, width=200))
+    for name in opened(NOISED).domains:
+        assert name in out.getvalue()
 
 
 @pytest.mark.parametrize("share", [0.5, 0.8])
