@@ -73,7 +73,8 @@ def active_forward(
         state = jax.tree.map(lambda leaf, of=of_state: leaf[of], router_state) if kind == "moe" else {}
         inputs = PerLayer(state, *(None if values is None else values[of_run] for values in (keys, windows)))
         layers = Layers(*_places(index[length], length), frozen[f"runs_{run}"], inputs)
-        x, parts = _run(config, kind, trained[f"runs_{run}"], x, layers, shared)
+        out: Any = _run(config, kind, trained[f"runs_{run}"], x, layers, shared)
+        x, parts = out
         layer, moe_layer = layer + length, moe_layer + length * (kind == "moe")
         stats += [_joined(*parts)] if kind == "moe" else []
     hidden: Any = rms_norm(x, outer["final_norm"]["scale"], config.norm_eps)

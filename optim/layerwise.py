@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
 
 from optim.checks import require_schedule
 from optim.frugal import scale_by_frugal
@@ -100,7 +99,7 @@ def _whole(
 class RestartedState(NamedTuple):
     """Steps done, and the inner transform's state."""
 
-    count: Array
+    count: Any
     inner: Any
 
 
