@@ -24,8 +24,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def with_overrides(config: Any, settings: Sequence[str]) -> Any:
-    """`config` with `name=value` settings applied together, so that fields that depend on each other may change. A part
-    that is None begins with its defaults, if all of its fields have one.
+    """`config` with `name=value` settings applied together, so that fields that depend on each other may change.
 
     Raises:
       ValueError: an unknown name (it lists the possible ones), a value of another type, or values that do not fit.
@@ -46,8 +45,6 @@ def _replace(config: Any, wanted: dict[str, str], prefix: str) -> Any:
         require(head in hints, "--set", prefix + head, f"one of {possible}")
         inner = {name.partition(".")[2]: text for name, text in wanted.items() if name.partition(".")[0] == head}
         value = getattr(config, head)
-        if value is None and "" not in inner:
-            value = _fresh(hints[head])
         if "" in inner:
             require(not dataclasses.is_dataclass(value), "--set", prefix + head, f"one of its fields: {possible}")
             changes[head] = _parse(inner[""], hints[head], prefix + head)
@@ -55,15 +52,6 @@ def _replace(config: Any, wanted: dict[str, str], prefix: str) -> Any:
             require(dataclasses.is_dataclass(value), "--set", prefix + next(iter(wanted)), f"one of {possible}")
             changes[head] = _replace(value, inner, f"{prefix}{head}.")
     return dataclasses.replace(config, **changes)
-
-
-def _fresh(kind: Any) -> Any:
-    """What an optional part begins as when a field of it is set; None if it has fields without a default."""
-    part = next((part for part in typing.get_args(kind) if dataclasses.is_dataclass(part)), None)
-    none = dataclasses.MISSING
-    if part is None or any(f.default is none and f.default_factory is none for f in dataclasses.fields(part)):
-        return None
-    return part()  # pyright: ignore[reportCallIssue]
 
 
 def _parse(text: str, kind: Any, name: str) -> Any:

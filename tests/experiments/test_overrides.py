@@ -1,11 +1,11 @@
 """Fields by dotted name: parsed by their type, applied together, refused with the names there are."""
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import pytest
 
-from experiments.config import MeshConfig, ReweightingConfig, RunConfig
+from experiments.config import MeshConfig, RunConfig
 from experiments.overrides import flatten, with_overrides
 from experiments.recipes import PRESETS, smoke
 from moe.config import ModelConfig, require
@@ -114,15 +114,3 @@ def test_flatten_is_json_and_its_names_can_be_set(name):
     text = {key: ",".join(map(str, v)) if isinstance(v, list) else str(v) for key, v in flat.items()}
     assert with_overrides(config, [f"{key}={value}" for key, value in text.items()]) == config
     assert flat["model.moe.num_experts"] == config.model.moe.num_experts
-
-
-def test_a_part_that_is_not_there_begins_with_its_defaults():
-    config = with_overrides(smoke(), ["reweighting.strategy=quadratic", "reweighting.r=0.4"])
-    assert config.reweighting == ReweightingConfig("quadratic", r=0.4)
-    assert with_overrides(config, ["reweighting=none"]).reweighting is None
-
-
-def test_a_part_with_fields_that_must_be_told_does_not():
-    dense = replace(smoke(), model=replace(smoke().model, moe=None))
-    with pytest.raises(ValueError, match="--set = 'model.moe.top_k'"):
-        with_overrides(dense, ["model.moe.top_k=1"])
