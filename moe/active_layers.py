@@ -23,10 +23,9 @@ from jax import Array
 from moe.config import LayerKind, ModelConfig, require
 from moe.transformer import Block, PerLayer, Shared, TransformerOutput, rematerialised, rms_norm, rotations
 
-# Moving data is cheaper than keeping it; and of weights, all that a layer keeps is then themselves.
-MOVES = ("reshape", "convert_element_type", "transpose", "broadcast_in_dim", "squeeze")
-
-
+# Made again instead of kept, so that of a weight what a layer keeps is the weight itself. One is kept nevertheless: of
+# experts without rematerialisation, when the product is chosen by platform (dispatchers `auto` and `blocks`).
+VIEWS = ("reshape", "convert_element_type")
 
 
 def active_forward(
@@ -194,7 +193,7 @@ def _apply(config: ModelConfig, kind: LayerKind, weights: Any, x: Array, inputs:
 
     if config.remat != "none":
         return block(weights, x)
-    kept = lambda primitive, *_, **__: primitive.name not in MOVES  # noqa: E731
+    kept = lambda primitive, *_, **__: primitive.name not in VIEWS  # noqa: E731
     return jax.checkpoint(block, policy=kept, prevent_cse=False)(weights, x)
 
 

@@ -198,7 +198,7 @@ def stacked_weights_made(config, program):
 
 
 SIZES = replace(DENSE, hidden=20, ffn_dim=23)  # no activation [L, B S n] has the size of a weight [L, ...]
-SIZES_MOE = replace(SIZES, moe=replace(MOE, expert_dim=11, shared_dim=11))
+SIZES_MOE = replace(SIZES, moe=replace(MOE, expert_dim=11, shared_dim=11), remat="full")
 
 
 @pytest.mark.parametrize("config", [SIZES, replace(SIZES, remat="full"), SIZES_MOE], ids=["none", "full", "moe"])
