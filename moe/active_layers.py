@@ -23,8 +23,8 @@ from jax import Array
 from moe.config import LayerKind, ModelConfig, require
 from moe.transformer import Block, PerLayer, Shared, TransformerOutput, rematerialised, rms_norm, rotations
 
-# Made again instead of kept, so that of a weight what a layer keeps is the weight itself. One is kept nevertheless: of
-# experts without rematerialisation, when the product is chosen by platform (dispatchers `auto` and `blocks`).
+# Made again instead of kept, so that of a weight what a layer keeps is the weight itself. Experts' weights are kept
+# nevertheless by the dispatchers `auto` and `blocks` without rematerialisation.
 VIEWS = ("reshape", "convert_element_type")
 
 
