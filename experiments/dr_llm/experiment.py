@@ -4,8 +4,12 @@ Paper:     Heakl et al., arXiv 2510.12773. Baselines: ShortGPT 2403.03853; early
            the search. The library is moe/depth/.
 Claim:     routers taught by searched paths answer more questions than the whole model, with fewer block executions.
 Command:   python -m experiments run dr-llm --preset cpu
-Time:      cpu about 10 minutes on 2 quiet cores; cpu-long about 60.
-Result:    not run yet.
+Time:      cpu about 10 minutes on 2 quiet cores (the committed run shared them: 22); cpu-long about 60 (not run).
+Result:    cpu, two seeds: paths that answer more do exist (the bound 0.930 at 0.61 of the executions, the tree search
+           0.852 at 0.71, the whole model 0.608), but routers do not find them: 0.257 at 0.60 of the executions, 35
+           points below the model (does not hold). They beat skipping at random and their own decisions at other layers
+           (0.128, 0.098: hold), not early exit at the same depth (0.396) or one edit's teaching (0.366 at 0.80). The
+           stream says no more than embeddings (inconclusive); unseen tasks lose 10 points (does not hold).
 
 Protocol, fixed beforehand. A decoder of 8 layers learns chains of one to four numbers for 1200 steps (arithmetic.py)
 and is frozen. Its 222 paths of at most two edits are enumerated for validation questions, which it was not trained on;
