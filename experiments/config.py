@@ -98,7 +98,7 @@ class ReweightingConfig:
 
     Attributes:
       strategy: a score of `optim.reweighting.SCORES`, `lin_upper`, with options as in a call, `ohem(share=0.5)`; or an
-        import path `package.module:function`.
+        import path `package.module:function`. Empty: the mean over tokens, and nothing of the rest counts.
       r: the temperature, that is the strength of the pull to uniform weights; infinity is uniform.
       delta: half the width losses are spread over.
       warmup_steps: first steps, which have temperature `warm_r`.
@@ -108,7 +108,7 @@ class ReweightingConfig:
       clip_quantile: scores see losses of at most this quantile of the scope; 1 is off.
     """
 
-    strategy: str = "lin_upper"
+    strategy: str = ""
     r: float = 1.0
     delta: float = 1.0
     warmup_steps: int = 0
@@ -126,9 +126,10 @@ class ReweightingConfig:
         require(self.scope in ("", "micro", "global"), "reweighting.scope", self.scope, "micro or global")
         quantile = self.clip_quantile
         require(0 < quantile <= 1, "reweighting.clip_quantile", quantile, "above 0, at most 1 (off)")
-        from experiments.weighted_loss import make_score  # it needs JAX
+        if self.strategy:
+            from experiments.weighted_loss import make_score  # it needs JAX
 
-        make_score(self.strategy)
+            make_score(self.strategy)
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ class RunConfig:
 
     Attributes:
       init: where its parameters come from.
-      reweighting: weights from the losses themselves; None for the mean over tokens.
+      reweighting: weights from the losses themselves; by default none.
       batch_size: sequences per optimiser step, over all devices and accumulation steps.
       accumulation: A, forward-backward passes per optimiser step; divides batch_size.
       steps: optimiser steps of the whole schedule.
@@ -192,7 +193,7 @@ class RunConfig:
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     init: InitConfig = field(default_factory=InitConfig)
-    reweighting: ReweightingConfig | None = None
+    reweighting: ReweightingConfig = field(default_factory=ReweightingConfig)
     batch_size: int = 32
     accumulation: int = 1
     steps: int = 400
@@ -225,7 +226,7 @@ class RunConfig:
             f"(data x fsdp x expert = {self.mesh.data} x {self.mesh.fsdp} x {self.mesh.expert})",
         )
         require(
-            self.reweighting is None or self.accumulation == 1 or self.reweighting.scope != "",
+            not self.reweighting.strategy or self.accumulation == 1 or self.reweighting.scope != "",
             "reweighting.scope",
             "",
             f"micro or global, by name: accumulation = {self.accumulation} passes make an optimiser step",

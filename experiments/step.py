@@ -168,10 +168,10 @@ def step_frequency(config: RunConfig, state: TrainState, batch: Batch, step_key:
 
 
 def data_weighting(config: RunConfig, state: TrainState, batch: Batch, step_key: Array) -> Weighting | None:
-    """How `config.reweighting` weights each pass, None without it. Weights of the whole step under accumulation cost
-    one forward pass: all losses before the first gradient, with the parameters and keys they will have."""
+    """How `config.reweighting` weights each pass, None if it does not. Weights of the whole step under accumulation
+    cost one forward pass: all losses before the first gradient, with the parameters and keys they will have."""
     weigh = config.reweighting
-    if weigh is None:
+    if not weigh.strategy:
         return None
     if config.accumulation == 1 or weigh.scope == "micro":
         return pass_weighting(weigh, state.step, targets_of(batch)[1])
@@ -219,7 +219,7 @@ def pass_loss(
 ) -> tuple[Array, tuple[dict[str, Array], RoutingStats | None]]:
     """This pass' share of the step's loss, and its sums. Added up over passes they are the loss of the whole batch."""
     out = forward(config, params, batch, router_state, key)
-    if config.reweighting is None or weighting is None:
+    if weighting is None:
         ce = summed_cross_entropy(out, *targets_of(batch)) / jnp.maximum(total_targets, 1.0)
         sums = {"loss": ce}
     else:

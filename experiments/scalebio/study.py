@@ -101,7 +101,7 @@ def check(trial: Trial) -> None:
         check_fits(corpus, split, trial.run.data.seq_len)
     size, many = trial.run.batch_size, len(sources.domains)
     require(size % many == 0, "run.batch_size", size, f"a multiple of the {many} sources")
-    trial.made(tokens_of(sources))
+    abstract_search(trial, trial.made(tokens_of(sources)), many)
     source = open_source(trial.run, None)
     if source is not None:
         check_source(trial.run, source)
@@ -111,14 +111,19 @@ def tokens_of(corpus: Corpus) -> list[int]:
     return [info.tokens["train"] for info in corpus.info]
 
 
+def abstract_search(trial: Trial, method: Method, num_sources: int) -> Any:
+    """Shapes of the first state. ValueError for options that do not fit the model."""
+    begun = functools.partial(begin, method, num_sources, max(1, method.steps))
+    return jax.eval_shape(begun, abstract_params(trial.run.model))
+
+
 def count(trial: Trial) -> dict[str, float | int]:
     """Of the fresh model's step, and what the search's models and optimisers take; the data is not asked for."""
     counted, mesh = dry_run(trial.run), trial.run.mesh
     method = trial.made([1] * COUNTED_SOURCES)
     if method.steps == 0:
         return counted
-    begun = functools.partial(begin, method, COUNTED_SOURCES, method.steps)
-    state = jax.eval_shape(begun, abstract_params(trial.run.model))
+    state = abstract_search(trial, method, COUNTED_SOURCES)
     axes = AbstractMesh((mesh.data, mesh.fsdp, mesh.expert), AXES, axis_types=(AxisType.Auto,) * 3)
     held = bytes_per_device(state, tree_shardings(state, axes))  # type: ignore[arg-type]
     return counted | {"search_steps": method.steps, "search_state_bytes_per_device": held}

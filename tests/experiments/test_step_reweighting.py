@@ -31,7 +31,7 @@ MOE = replace(
     model=replace(MODEL, moe=MoEConfig(num_experts=8, top_k=2, expert_dim=8, block_size=16, dispatcher="einsum")),
     balance=BALANCE,
 )
-LIN_UPPER = ReweightingConfig(r=0.4)
+LIN_UPPER = ReweightingConfig("lin_upper", r=0.4)
 FAST = {"xla_backend_optimization_level": 0}  # of compilation
 slow = pytest.mark.slow
 
@@ -298,4 +298,5 @@ def test_fields_are_set_from_the_command_line():
     config = with_overrides(weighted(DENSE), ["reweighting.r=0.1", "reweighting.strategy=ohem(share=0.5)"])
     assert config.reweighting == ReweightingConfig("ohem(share=0.5)", r=0.1)
     assert flatten(config)["reweighting.strategy"] == "ohem(share=0.5)"
-    assert flatten(DENSE)["reweighting"] is None
+    assert with_overrides(DENSE, ["reweighting.strategy=quadratic"]).reweighting == ReweightingConfig("quadratic")
+    assert flatten(DENSE)["reweighting.strategy"] == ""
