@@ -41,14 +41,16 @@ from experiments.experiment import Experiment, Preset, Study
 from moe.config import ModelConfig
 
 SEARCH, STEPS = 900, 300  # passes of a search, steps of a fresh model
-NOISED = "noised(noise='unigram')"
+NOISED = DataConfig(corpus="noised(noise='unigram')", seq_len=64)
+FLAT_NOISE = DataConfig(corpus="noised(noise='uniform')", seq_len=64)
+PACKAGED = DataConfig(corpus="packaged", seq_len=64)
 RATES = (3e-3, 1e-2)
 SCALEBIO = "scalebio(alpha=10.0, lam_rate=0.02)"
 SEARCHES = {"f2sa": "f2sa()", "doremi": "doremi()", "doge": "doge()", "rho": "rho()", "influence": "influence()"}
 TARGET = "docstrings"
 
 
-def small(corpus: str) -> RunConfig:
+def small(data: DataConfig) -> RunConfig:
     """116 thousand parameters, 2048 bytes of text a step."""
     made = recipes.cpu()
     model = ModelConfig(
@@ -56,7 +58,6 @@ def small(corpus: str) -> RunConfig:
         tie_embeddings=True, init_std=0.1,
     )  # fmt: skip
     optimizer = replace(made.optimizer, learning_rate=1e-2, warmup_steps=30)
-    data = DataConfig(corpus=corpus, seq_len=64)
     return replace(made, model=model, data=data, optimizer=optimizer, batch_size=32, steps=STEPS, checkpoint_every=0)
 
 
@@ -124,15 +125,15 @@ def cpu() -> Preset:
 def cpu_long() -> Preset:
     """The released form, LISA, SOBA and noise of uniform bytes, where the two dirtiest sources may tie. And a target
     domain: docstrings, for which the other eight domains of the corpus are weighed."""
-    base, flat_noise = small(NOISED), small("noised(noise='uniform')")
+    base, flat_noise = small(NOISED), small(FLAT_NOISE)
     others = {"uniform": "uniform()", "scalebio": SCALEBIO, "lisa": f"{SCALEBIO[:-1]}, layers=1)",
               "released": SCALEBIO.replace("scalebio", "released"), "soba": "soba()"}  # fmt: skip
     made = arms(base, others)
     of_flat = {"flat_noise_uniform": "uniform()", "flat_noise_scalebio": SCALEBIO}
     target = {"uniform": "uniform()", "proportional": "proportional()", "scalebio": SCALEBIO} | SEARCHES
     to_target = {f"target_{name}": method for name, method in target.items()}
-    made |= arms(flat_noise, of_flat) | arms(small("packaged"), to_target, target=TARGET)
-    made |= {f"target_{name}": arm for name, arm in longer(small("packaged"), target=TARGET).items()}
+    made |= arms(flat_noise, of_flat) | arms(small(PACKAGED), to_target, target=TARGET)
+    made |= {f"target_{name}": arm for name, arm in longer(small(PACKAGED), target=TARGET).items()}
     baselines = tuple(name for name in to_target if name != "target_scalebio")
     claims = (*weight_claims("lisa"), *loss_claims((*baselines, "target_uniform_longer"), "target_scalebio"))
     return Preset(made, 3, claims)
@@ -142,7 +143,7 @@ def large(hidden: int, layers: int, heads: int, kv_heads: int, ffn_dim: int, voc
     """A released model's sizes in bfloat16, 64 sequences of 512."""
     model = recipes.dense_shape(hidden, layers, heads, kv_heads, ffn_dim, vocab_size)
     optimizer = OptimizerConfig(learning_rate=1e-5, warmup_steps=30, weight_decay=5e-4)
-    data = DataConfig(corpus=NOISED, seq_len=512)
+    data = replace(NOISED, seq_len=512)
     return RunConfig(model=model, data=data, optimizer=optimizer, batch_size=64, steps=3_000, checkpoint_every=500)
 
 
