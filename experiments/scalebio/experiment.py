@@ -44,7 +44,7 @@ SEARCH, STEPS = 900, 300  # passes of a search, steps of a fresh model
 NOISED = DataConfig(corpus="noised(noise='unigram')", seq_len=64)
 FLAT_NOISE = DataConfig(corpus="noised(noise='uniform')", seq_len=64)
 PACKAGED = DataConfig(corpus="packaged", seq_len=64)
-RATES = (3e-3, 1e-2)
+RATES = (1e-3, 3e-3, 1e-2)
 SCALEBIO = "scalebio(alpha=10.0, lam_rate=0.02)"
 SEARCHES = {"f2sa": "f2sa()", "doremi": "doremi()", "doge": "doge()", "rho": "rho()", "influence": "influence()"}
 TARGET = "docstrings"
@@ -57,7 +57,7 @@ def small(data: DataConfig) -> RunConfig:
         vocab_size=256, hidden=64, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=16, ffn_dim=176, moe=None,
         tie_embeddings=True, init_std=0.1,
     )  # fmt: skip
-    optimizer = replace(made.optimizer, learning_rate=1e-2, warmup_steps=30)
+    optimizer = replace(made.optimizer, warmup_steps=30)
     return replace(made, model=model, data=data, optimizer=optimizer, batch_size=32, steps=STEPS, checkpoint_every=0)
 
 
