@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.core import Tracer
 
 from optim.checks import require
 from optim.parts import Part, whole
@@ -150,7 +150,7 @@ def _bilevel(
     parts: tuple[Part, Part], paired: bool, lam_decay: bool,
 ) -> Bilevel:  # fmt: skip
     if not callable(alpha):
-        require(math.isfinite(alpha) and alpha > 0, "alpha", alpha, "a finite number above 0")
+        require(math.isfinite(alpha) and bool(alpha > 0), "alpha", alpha, "a finite number above 0")
     require(lam_decay or not _decays(lam_opt), "lam_opt", lam_opt, "no weight decay, unless lam_decay asks for it")
     part_w, part_u = parts
 
@@ -158,7 +158,7 @@ def _bilevel(
         require(num_sources >= 2, "num_sources", num_sources, "at least 2: one source has nothing to weigh")
         lam = jnp.zeros(num_sources) if lam is None else jnp.asarray(lam, jnp.promote_types(jnp.float32, lam.dtype))
         require(lam.shape == (num_sources,), "lam.shape", lam.shape, f"[S = {num_sources}]")
-        if not isinstance(lam, jax.core.Tracer):
+        if not isinstance(lam, Tracer):
             require(bool(jnp.all(jnp.isfinite(lam))), "lam", lam.tolist(), "finite logits")
         w, u, step = jax.tree.map(jnp.copy, params), jax.tree.map(jnp.copy, params), jnp.int32(0)
         started = lam_opt.init(lam), w_opt.init(part_w.take(w, step)), u_opt.init(part_u.take(u, step))
@@ -169,10 +169,11 @@ def _bilevel(
         expected = "none: w and u see the same batch" if paired else "u's own batch, for a method that is not paired"
         require(paired is (other is None), "other", "a batch" if paired else None, expected)
         other = batch if other is None else other
-        strength, p = alpha(now) if callable(alpha) else alpha, weights_of(lam)
+        strength, p = jnp.asarray(alpha(now) if callable(alpha) else alpha), weights_of(lam)
         trained_w, trained_u = part_w.take(state.w, now), part_u.take(state.u, now)
-        view_w = partial(part_w.view, jax.lax.stop_gradient(state.w), step=now)
-        view_u = partial(part_u.view, jax.lax.stop_gradient(state.u), step=now)
+        frozen_w, frozen_u = jax.lax.stop_gradient((state.w, state.u))
+        view_w: Any = lambda trained: part_w.view(frozen_w, trained, now)  # noqa: E731
+        view_u: Any = lambda trained: part_u.view(frozen_u, trained, now)  # noqa: E731
         counts_w, counts_u = (
             _counts(inner_loss, seen, view(trained), "inner_loss", lam.shape)
             for seen, view, trained in ((batch, view_w, trained_w), (other, view_u, trained_u))

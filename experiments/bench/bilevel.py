@@ -181,7 +181,7 @@ def memory_of(name: str, model: ModelConfig, done: Callable[[], None]) -> dict[s
         for kind, expected in closed_form(method, model, params).items():
             require(sizes[kind] == expected, f"{kind} of {method} on {name}", sizes[kind], f"{expected} by its formula")
         data = jax.eval_shape(lambda: batches(run))
-        analysis = jax.jit(made.step, donate_argnums=0).lower(state, *data).compile().memory_analysis()
+        analysis: Any = jax.jit(made.step, donate_argnums=0).lower(state, *data).compile().memory_analysis()
         found[method] = sizes | {
             "argument_bytes": analysis.argument_size_in_bytes, "temporary_bytes": analysis.temp_size_in_bytes
         }  # fmt: skip

@@ -61,18 +61,20 @@ def small(data: DataConfig) -> RunConfig:
     return replace(made, model=model, data=data, optimizer=optimizer, batch_size=32, steps=STEPS, checkpoint_every=0)
 
 
-def arms(base: RunConfig, methods: Mapping[str, str], **options: Any) -> dict[str, Study]:
+def arms(
+    base: RunConfig, methods: Mapping[str, str], budget: float = SEARCH, target: str = "", first_seed: int = 0
+) -> dict[str, Study]:
     from experiments.scalebio.study import Trial, study
 
-    settings = {"budget": float(SEARCH)} | options
-    return {name: study(Trial(method=method, run=base, **settings)) for name, method in methods.items()}
+    made = {name: Trial(method, base, budget, target, first_seed=first_seed) for name, method in methods.items()}
+    return {name: study(trial) for name, trial in made.items()}
 
 
-def longer(base: RunConfig, **options: Any) -> dict[str, Study]:
+def longer(base: RunConfig, budget: float = SEARCH, target: str = "") -> Study:
+    """Uniform weights, and the budget of a search as further steps: one of the fresh model is one pass."""
     from experiments.scalebio.study import Trial, study
 
-    settings = {"budget": float(SEARCH)} | options
-    return {"uniform_longer": study(Trial(run=base, extra_steps=int(settings["budget"]), **settings))}
+    return study(Trial(run=base, budget=budget, target=target, extra_steps=int(budget)))
 
 
 def weight_claims(arm: str = "scalebio") -> tuple[Claim, ...]:
@@ -96,7 +98,7 @@ def smoke() -> Preset:
     model = replace(made.model, moe=None, ffn_dim=48)
     base = replace(made, model=model, data=replace(made.data, corpus="noised(base='synthetic')"), steps=4)
     methods = {"uniform": "uniform()", "scalebio": SCALEBIO, "lisa": "scalebio(layers=1, update_gap=2)"} | SEARCHES
-    made_arms = arms(base, methods, budget=9.0) | longer(base, budget=9.0)
+    made_arms = arms(base, methods, budget=9.0) | {"uniform_longer": longer(base, budget=9.0)}
     return Preset(made_arms, 1, (*weight_claims(), *loss_claims(("uniform",))), "shows that it runs")
 
 
@@ -104,21 +106,21 @@ def rates() -> Preset:
     """What was tried at a seed of its own, on the validation split: the run's rate with uniform weights, then what the
     bilevel methods have to be told. Others have their papers' numbers."""
     at = lambda rate: replace(base, optimizer=replace(base.optimizer, learning_rate=rate))  # noqa: E731
-    base, options = small(NOISED), {"first_seed": 1000}
+    base, seed = small(NOISED), 1000
     made: dict[str, Study] = {}
     for rate in RATES:
-        made |= arms(at(rate), {f"uniform_{rate:g}": "uniform()"}, **options)
+        made |= arms(at(rate), {f"uniform_{rate:g}": "uniform()"}, first_seed=seed)
     searches = {f"scalebio_{alpha:g}_{rate:g}": f"scalebio(alpha={alpha}, lam_rate={rate})"
                 for alpha in (1.0, 10.0, 100.0) for rate in (0.01, 0.03)}  # fmt: skip
     searches |= {f"f2sa_{rate:g}_{lam:g}": f"f2sa(rate={rate}, lam_rate={lam})"
                  for rate in (0.1, 0.3) for lam in (1.0, 10.0)}  # fmt: skip
-    return Preset(made | arms(base, searches, **options), 1, ())
+    return Preset(made | arms(base, searches, first_seed=seed), 1, ())
 
 
 def cpu() -> Preset:
     base = small(NOISED)
     methods = {"uniform": "uniform()", "scalebio": SCALEBIO} | SEARCHES | {"clean_only": "only(source=0)"}
-    made = arms(base, methods) | longer(base)
+    made = arms(base, methods) | {"uniform_longer": longer(base)}
     return Preset(made, 3, (*weight_claims(), *loss_claims(("uniform", "uniform_longer", *SEARCHES))))
 
 
@@ -133,7 +135,7 @@ def cpu_long() -> Preset:
     target = {"uniform": "uniform()", "proportional": "proportional()", "scalebio": SCALEBIO} | SEARCHES
     to_target = {f"target_{name}": method for name, method in target.items()}
     made |= arms(flat_noise, of_flat) | arms(small(PACKAGED), to_target, target=TARGET)
-    made |= {f"target_{name}": arm for name, arm in longer(small(PACKAGED), target=TARGET).items()}
+    made["target_uniform_longer"] = longer(small(PACKAGED), target=TARGET)
     baselines = tuple(name for name in to_target if name != "target_scalebio")
     claims = (*weight_claims("lisa"), *loss_claims((*baselines, "target_uniform_longer"), "target_scalebio"))
     return Preset(made, 3, claims)
@@ -152,7 +154,7 @@ def gpu() -> Preset:
     base = large(768, 12, 12, 12, 2048, 256)
     base = replace(base, accumulation=4, optimizer=replace(base.optimizer, learning_rate=6e-4))
     methods = {"uniform": "uniform()", "scalebio": SCALEBIO, "lisa": f"{SCALEBIO[:-1]}, layers=2)"}
-    made = arms(base, methods, budget=9_000.0) | longer(base, budget=9_000.0)
+    made = arms(base, methods, budget=9_000.0) | {"uniform_longer": longer(base, budget=9_000.0)}
     return Preset(made, 1, (*weight_claims(), *loss_claims(("uniform", "uniform_longer"))))
 
 

@@ -84,11 +84,12 @@ class Problem:
 def losses_of(problem: Problem, params: Any, batch: Batch) -> tuple[Array, Array]:
     """Negative log-likelihoods and weights [B, S] of next tokens; `params` may be a view of `optim.parts`."""
     config = problem.run.model
-    inputs = [batch[name][:, :-1] for name in ("tokens", "segment_ids", "positions")]
+    inputs = batch["tokens"][:, :-1], batch["segment_ids"][:, :-1], batch["positions"][:, :-1]
+    out: Any
     if isinstance(params, ActiveLayers):
         out = active_forward(config, *params, *inputs, {}, None)
     else:
-        out: Any = Transformer(config).apply({"params": params}, *inputs, {}, None)
+        out = Transformer(config).apply({"params": params}, *inputs, {}, None)
     targets, weights = targets_of(batch)
     return token_losses(out, targets), weights
 

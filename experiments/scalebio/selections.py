@@ -112,7 +112,7 @@ def influence(problem: Problem, share: float = 0.25) -> Method:
 
     def second(state: Influence, batch: Batch, validation: Batch) -> tuple[Influence, Array]:
         grad = functools.partial(jax.value_and_grad(functools.partial(mean_loss, problem)), state.model.params)
-        adam = adam_state(state.model.opt_state)
+        adam: Any = adam_state(state.model.opt_state)
         lifted = lambda tree: jax.tree.map(lambda leaf: leaf[None], tree)  # noqa: E731
         loss, aim = grad(validation)
         target = selection.rows(lifted(aim))

@@ -170,7 +170,7 @@ def cleanliness(name: str) -> float:
 
 def agreement(weights: np.ndarray, clean: Sequence[float]) -> float:
     """Kendall's tau; 0 where all weights are equal."""
-    tau = kendalltau(weights, clean).statistic
+    tau: Any = kendalltau(weights, clean)[0]
     return float(tau) if np.isfinite(tau) else 0.0
 
 
