@@ -88,7 +88,10 @@ def assert_close(got, want, tolerance):
     jax.tree.map(leaf, got, want)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+FIRST, *LATER = CONFIGS
+
+
+@pytest.mark.parametrize("name", [FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in LATER)])
 def test_values_and_gradients_are_the_transformers(name):
     config, key = CONFIGS[name], jax.random.key(2)
     part = active_layers(labels, min(len(list(group)) for _, group in groupby(config.layer_kinds)), GAP)
@@ -201,7 +204,9 @@ SIZES = replace(DENSE, hidden=20, ffn_dim=23)  # no activation [L, B S n] has th
 SIZES_MOE = replace(SIZES, moe=replace(MOE, expert_dim=11, shared_dim=11), remat="full")
 
 
-@pytest.mark.parametrize("config", [SIZES, replace(SIZES, remat="full"), SIZES_MOE], ids=["none", "full", "moe"])
+@pytest.mark.parametrize("config", [
+    SIZES, *(pytest.param(config, marks=pytest.mark.slow) for config in (replace(SIZES, remat="full"), SIZES_MOE)),
+], ids=["none", "full", "moe"])  # fmt: skip
 def test_no_array_of_the_size_of_a_stacked_weight_is_made(config):
     assert all(math.prod(shape[1:]) % (B * S) for shape in of_runs(config))
     assert stacked_weights_made(config, compiled(config, *part_step(config, 1, put=False), donated=())) == []
@@ -209,6 +214,7 @@ def test_no_array_of_the_size_of_a_stacked_weight_is_made(config):
     assert found >= set(of_runs(config))
 
 
+@pytest.mark.slow
 def test_the_step_needs_less_memory_by_most_of_the_frozen_layers():
     config = replace(DENSE, hidden=48, ffn_dim=96, num_layers=12, remat="full")
     whole, part = (compiled(config, *make(config, 2)).memory_analysis() for make in (lisa_step, part_step))
@@ -217,6 +223,7 @@ def test_the_step_needs_less_memory_by_most_of_the_frozen_layers():
     assert part.alias_size_in_bytes > 4 * sum(map(math.prod, of_runs(config)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)], ids=str)
 def test_eight_devices_equal_one(sizes):
     config = replace(MIXED, num_layers=3, windows=(4, 0, 3), dense_layers=(0,))
