@@ -50,6 +50,7 @@ def stepped(
             if stopping or step == steps or (checkpoint_every and step % checkpoint_every == 0):
                 mark, pending = _told(pending, lines, progress, mark), None
                 saved.save(step, state)
+                mark = time.perf_counter()
         if lines is not None:
             lines.close()
         saved.wait()

@@ -12,9 +12,10 @@ u, that is, where validation data pulls against it least. Per step: two forward-
 one over a validation batch.
 
 `penalty_bilevel` takes sources' means over the whole batch, and the weights of sources that a batch lacks are shared
-out among those it has: identical sources then have a gradient of exactly 0 whatever is missing. `released_bilevel` is
-as the authors' code: means over each pass, and a missing source drops out, so that weights do not sum to 1 and rare
-sources drift.
+out among those it has: identical sources then have a gradient in lam of exactly 0 whatever is missing. The models still
+see less of a source that is often missing than its weight says: draw batches with all sources in them.
+`released_bilevel` is as the authors' code: means over each pass, and a missing source drops out, so that weights do not
+sum to 1, and lam of rare sources drifts.
 
 Adam is invariant to its gradient's scale: with it alpha is nothing to u and lam, it only weighs L1 against L2 in w.
 L1(w) is trained on: it is no estimate of generalisation.
@@ -43,7 +44,7 @@ Coefficients = Callable[[Array, Array], Array]  # (p [S], counts [A, S]) -> what
 
 
 class BilevelState(NamedTuple):
-    """lam [S] float32, the logits of the weights; w and u, two models alike; optimiser states; finished steps."""
+    """lam [S], the logits of the weights; w and u, two models alike; optimiser states; finished steps."""
 
     lam: Array
     w: Any
@@ -113,7 +114,7 @@ def penalty_bilevel(
       w_opt, u_opt, lam_opt: each descends its own gradient.
       part: what of a model is trained at a step, see `optim.parts`; by default all of it. w and u have the same, so
         that their difference holds no drift of layers that only one of them moved.
-      paired: both models see one training batch, which is how the released code halves the noise of g.
+      paired: both models see one training batch, as in the released code, so that g has no noise of different samples.
       lam_decay: `lam_opt` may decay lam, which is a pull towards uniform weights.
 
     Raises:
@@ -156,7 +157,7 @@ def _bilevel(
 
     def init(params: Any, num_sources: int, lam: Any = None) -> BilevelState:
         require(num_sources >= 2, "num_sources", num_sources, "at least 2: one source has nothing to weigh")
-        lam = jnp.zeros(num_sources) if lam is None else jnp.asarray(lam, jnp.promote_types(jnp.float32, lam.dtype))
+        lam = jnp.zeros(num_sources) if lam is None else jnp.asarray(lam, float)
         require(lam.shape == (num_sources,), "lam.shape", lam.shape, f"[S = {num_sources}]")
         if not isinstance(lam, Tracer):
             require(bool(jnp.all(jnp.isfinite(lam))), "lam", lam.tolist(), "finite logits")
@@ -262,11 +263,15 @@ def _counts(loss: Loss, batch: Any, seen: Any, name: str, shape: tuple[int, ...]
 
 
 def _decays(tx: optax.GradientTransformation) -> bool:
-    """Whether it moves parameters whose gradient is 0."""
+    """Whether it moves parameters whose gradient is 0, in any of a hundred steps: a schedule may begin with 0."""
+    ones = jnp.ones(2)
+
+    def step(state: Any, _: None) -> tuple[Any, Array]:
+        updates, state = tx.update(jnp.zeros(2), state, ones)
+        return state, jnp.any(updates != 0)  # type: ignore[operator]
+
     with jax.ensure_compile_time_eval():
-        ones = jnp.ones(2)
-        updates, _ = tx.update(jnp.zeros(2), tx.init(ones), ones)
-        return bool(jnp.any(updates != 0))  # type: ignore[operator]
+        return bool(jnp.any(jax.lax.scan(step, tx.init(ones), length=100)[1]))
 
 
 def check_sources(source: Any, num_sources: int) -> None:

@@ -20,7 +20,8 @@ def draw(content: dict[str, Any], path: Path) -> None:
         return losses(series, path)
     fig = new_figure(16, 6)
     axes: Any = fig.subplots(1, 3, width_ratios=[1, 1.1, 1])
-    shown = "scalebio" if "scalebio" in series else next(iter(series))
+    searched = [name for name, runs in series.items() if runs[0]["path"]] or list(series)
+    shown = "scalebio" if "scalebio" in searched else searched[0]
     domains = series[shown][0]["domains"]
     colours = [plt.get_cmap("viridis")(x) for x in np.linspace(0.0, 0.9, len(domains))]
     paths(axes[0], shown, series[shown], colours)

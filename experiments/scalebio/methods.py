@@ -18,6 +18,7 @@ Legend: K sources, A passes, B sequences of one.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -65,6 +66,7 @@ def scalebio(
     problem: Problem, alpha: float = 10.0, lam_rate: float = 1e-2, layers: int = 0, update_gap: int = 20
 ) -> Method:
     """ScaleBiO; `layers` > 0 trains so many of the layers at a time (LISA), the same ones in both models."""
+    require_rate("lam_rate", lam_rate)
     steps = problem.affordable(3.0)
     part, tx = trained_part(problem, layers, update_gap, steps, seed=0)
     made = bilevel.penalty_bilevel(
@@ -77,6 +79,7 @@ def released(
     problem: Problem, alpha: float = 10.0, lam_rate: float = 1e-2, layers: int = 0, update_gap: int = 20
 ) -> Method:
     """As the preview code: layers drawn apart, lam decays by 0.01, sources that a pass lacks drop out."""
+    require_rate("lam_rate", lam_rate)
     steps = problem.affordable(3.0)
     (part, tx), (part_u, _) = (trained_part(problem, layers, update_gap, steps, seed) for seed in (0, 1))
     decayed = optax.adamw(lam_rate, weight_decay=0.01)
@@ -84,6 +87,10 @@ def released(
         problem.outer, problem.inner, alpha=alpha, w_opt=tx, u_opt=tx, lam_opt=decayed, part=part, part_u=part_u
     )
     return of_bilevel(problem, made, steps)
+
+
+def require_rate(name: str, value: float) -> None:
+    require(0 < value < math.inf, f"method: {name}", value, "a finite number above 0")
 
 
 def trained_part(
@@ -135,8 +142,7 @@ def by_logits(problem: Problem, lam: Array, params: Any, batch: Batch) -> Array:
 def of_implicit(problem: Problem, made: implicit.BilevelMethod, passes: float) -> Method:
     def step(state: Any, batch: Batch, validation: Batch) -> tuple[Any, Metrics]:
         state = made.step(state, (flat(validation),), (flat(batch),))
-        return state, {"loss": mean_loss(problem, state.w, flat(validation))}
+        return state, {"largest_weight": jnp.max(weights_of(state.lam))}
 
-    passes += FORWARD  # of the loss that is shown
     init = lambda params: made.init(jnp.zeros(problem.num_sources), params)  # noqa: E731
     return Method(init, step, lambda state: weights_of(state.lam), problem.affordable(passes), passes)

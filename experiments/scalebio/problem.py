@@ -56,6 +56,9 @@ class Problem:
 
     def __post_init__(self) -> None:
         require(self.run.model.moe is None, "run.model.moe", self.run.model.moe, "none: a search is of a dense model")
+        plain = not self.run.reweighting.strategy
+        require(plain, "run.reweighting.strategy", self.run.reweighting.strategy, "none: sources are weighed here")
+        require(not self.run.data.weights, "run.data.weights", self.run.data.weights, "none: they are what is found")
         require(self.num_sources >= 2, "run.data.domains", self.num_sources, "at least 2 domains to weigh")
 
     @property
@@ -73,8 +76,10 @@ class Problem:
         return functools.partial(summed_loss, self)
 
     def affordable(self, passes: float, share: float = 1.0) -> int:
-        """Steps of so many passes that a share of the budget pays for."""
-        return max(1, int(share * self.budget / passes + 1e-6))
+        """Steps of so many passes that a share of the budget pays for. ValueError if that is none."""
+        steps = int(share * self.budget / passes + 1e-6)
+        require(steps >= 1, "budget", self.budget, f"at least {passes / share:.3g} passes, for a step of this method")
+        return steps
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
         """The run's own, its schedule over these steps."""

@@ -27,11 +27,12 @@ from experiments.step import Batch
 from experiments.stepping import Progress, stepped
 from moe.config import require
 from moe.transformer import abstract_params, init_params
+from optim.bilevel import check_sources
 from parallel.checkpoint import Checkpoints
 from parallel.mesh import AXES
 from parallel.sharding import tree_shardings
 
-POINTS = 50
+POINTS = 30
 
 
 @struct.dataclass
@@ -122,6 +123,7 @@ def balanced(corpus: Corpus, run: RunConfig) -> Callable[[int], dict[str, np.nda
 
     def at(step: int) -> dict[str, np.ndarray]:
         parts = [batch_at(source, step * each, each) for source in sources]
+        check_sources(np.concatenate([part["domain"] for part in parts]), count)
         # One of each source after another: every pass and every device then has as many of each, where it can.
         return {name: np.stack([part[name] for part in parts], 1).reshape(run.batch_size, *parts[0][name].shape[1:])
                 for name in parts[0]}  # fmt: skip

@@ -43,6 +43,7 @@ def rho(problem: Problem, share: float = 0.25) -> Method:
     """RHO-loss: a model of validation data gives the irreducible loss, for a third of the budget; then of each batch
     the `share` with the highest reducible loss trains a model: two forward passes, one pass over the share.
     """
+    require_share(share)
     passes = 2 * FORWARD + share
     holdout_steps, steps = problem.affordable(1.0, 1 / 3), problem.affordable(passes, 2 / 3)
     holdout_tx, tx = problem.optimizer(holdout_steps), problem.optimizer(steps)
@@ -74,6 +75,10 @@ def rho(problem: Problem, share: float = 0.25) -> Method:
     return Method(init, step, lambda state: shares(state.chosen), total, (holdout_steps + steps * passes) / total)
 
 
+def require_share(share: float) -> None:
+    require(0 < share <= 1, "method: share", share, "above 0, at most 1")
+
+
 def sequence_means(problem: Problem, params: Any, batch: Batch) -> Array:
     """Mean loss of each sequence [B]."""
     nll, mask = losses_of(problem, params, batch)
@@ -96,10 +101,12 @@ class Influence(NamedTuple):
 
 
 def influence(problem: Problem, share: float = 0.25) -> Method:
-    """LESS with one checkpoint and no projection: after a warm-up on uniform weights, half of the budget, cosines of
-    Adam's directions for single samples with the gradient of a batch of validation data. Two passes a step."""
+    """LESS with one checkpoint, no projection and samples' gradients unclipped: after a warm-up on uniform weights, for
+    half of the budget, cosines of Adam's directions for single samples with the gradient of a batch of validation data.
+    Two passes a step."""
+    require_share(share)
     warm_steps, steps = problem.affordable(1.0, 0.5), problem.affordable(2.0, 0.5)
-    tx, rows = problem.optimizer(warm_steps), problem.run.batch_size
+    tx, rows, of = problem.optimizer(warm_steps), problem.run.batch_size, problem.run.optimizer
 
     def init(params: Any) -> Influence:
         unseen = jnp.full((steps, rows), -jnp.inf), jnp.zeros((steps, rows), jnp.int32)
@@ -118,7 +125,8 @@ def influence(problem: Problem, share: float = 0.25) -> Method:
         target = selection.rows(lifted(aim))
 
         def score(sample: Batch) -> Array:
-            own = selection.adam_directions(lifted(grad(lifted(sample))[1]), adam.mu, adam.nu, adam.count)
+            gradient, moments = lifted(grad(lifted(sample))[1]), (adam.mu, adam.nu, adam.count)
+            own = selection.adam_directions(gradient, *moments, b1=of.b1, b2=of.b2)
             return selection.cosines(selection.rows(own), target)[0, 0]
 
         row = state.step - warm_steps

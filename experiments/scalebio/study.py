@@ -19,14 +19,13 @@ from scipy.stats import kendalltau
 from experiments import recipes
 from experiments.config import DataConfig, RunConfig
 from experiments.data.corpus import Corpus, open_corpus
-from experiments.data.pipeline import check_fits
 from experiments.dry_run import dry_run
 from experiments.experiment import Study, StudyProgress
-from experiments.initial import check_source, open_source
 from experiments.output import write_json
 from experiments.overrides import flatten, with_overrides
 from experiments.scalebio.problem import Method, Problem
 from experiments.scalebio.search import begin, search
+from experiments.train import check as check_run
 from experiments.train import fit
 from moe.config import require
 from moe.routing import from_spec
@@ -49,7 +48,7 @@ class Trial:
       run: the fresh model, its data and training; the search has the same model, batch and rates.
       budget: of the search, in forward-backward passes over one batch.
       target: a domain of `run.data` that is validation and test, and no source; empty: held-out splits of all of them.
-      extra_steps: of the fresh model, for an arm that has no search and gets its budget.
+      longer: the fresh model has the budget as further steps, for an arm without a search: a step is one pass.
       first_seed: added to the seed: choices are made at a seed of their own.
     """
 
@@ -57,7 +56,7 @@ class Trial:
     run: RunConfig = field(default_factory=recipes.cpu)
     budget: float = 900.0
     target: str = ""
-    extra_steps: int = 0
+    longer: bool = False
     first_seed: int = 0
 
     def corpora(self) -> tuple[Corpus, Corpus]:
@@ -79,7 +78,11 @@ class Trial:
     def steps(self) -> int:
         """Of the search, in passes, and of the fresh model."""
         searched = self.method.partition("(")[0] not in ("uniform", "proportional", "only")
-        return int(self.budget) * searched + self.run.steps + self.extra_steps
+        return int(self.budget) * searched + self.fresh_steps
+
+    @property
+    def fresh_steps(self) -> int:
+        return self.run.steps + int(self.budget) * self.longer
 
 
 def study(trial: Trial) -> Study:
@@ -96,15 +99,11 @@ def study(trial: Trial) -> Study:
 def check(trial: Trial) -> None:
     """ValueError for a corpus that is not there, splits that are too short, a method or batch that does not fit."""
     require(trial.budget > 0, "budget", trial.budget, "passes above 0")
-    sources, validation = trial.corpora()
-    for corpus, split in ((sources, "train"), (validation, "validation"), (validation, "test")):
-        check_fits(corpus, split, trial.run.data.seq_len)
+    sources, _ = trial.corpora()
+    check_run(trial.run, open_corpus(trial.run.data))
     size, many = trial.run.batch_size, len(sources.domains)
     require(size % many == 0, "run.batch_size", size, f"a multiple of the {many} sources")
     abstract_search(trial, trial.made(tokens_of(sources)), many)
-    source = open_source(trial.run, None)
-    if source is not None:
-        check_source(trial.run, source)
 
 
 def tokens_of(corpus: Corpus) -> list[int]:
@@ -139,8 +138,8 @@ def run(trial: Trial, seed: int, out: Path, progress: StudyProgress) -> tuple[di
     method = trial.made(tokens_of(sources))
     found = searched(trial, base, method, sources, validation, out / "search", progress)
     weights = np.asarray(found["weights"])
-    before = trial.steps - base.steps - trial.extra_steps
-    fresh = replace(base, data=mixture(trial, sources, weights), steps=base.steps + trial.extra_steps)
+    before = trial.steps - trial.fresh_steps
+    fresh = replace(base, data=mixture(trial, sources, weights), steps=trial.fresh_steps)
     told = lambda step, _, m: progress(before + step, f"fresh model: loss {m['loss']:.3f}")  # noqa: E731
     result = fit(fresh, out / "fresh", progress=told)
     metrics = {name: result.metrics[name] for name in ("val_ce", "test_ce")}
@@ -152,6 +151,7 @@ def run(trial: Trial, seed: int, out: Path, progress: StudyProgress) -> tuple[di
     if all(np.isfinite(clean)):
         metrics |= {"p_clean": float(weights[np.argmax(clean)]), "kendall_tau": agreement(weights, clean)}
     series = {"domains": list(sources.domains), "weights": weights.round(5).tolist()}
+    series |= {"sources_hash": sources.content_hash, "validation_hash": validation.content_hash}
     return metrics, series | {name: found[name] for name in ("path_steps", "path")}
 
 
@@ -169,7 +169,7 @@ def cleanliness(name: str) -> float:
 
 
 def agreement(weights: np.ndarray, clean: Sequence[float]) -> float:
-    """Kendall's tau; 0 where all weights are equal."""
+    """Kendall's tau-b; 0 where all weights are equal."""
     tau: Any = kendalltau(weights, clean)[0]
     return float(tau) if np.isfinite(tau) else 0.0
 
@@ -178,20 +178,23 @@ def searched(
     trial: Trial, base: RunConfig, method: Method, sources: Corpus, validation: Corpus, out: Path,
     progress: StudyProgress,
 ) -> dict[str, Any]:  # fmt: skip
-    """The weights and their path, from `out` if they are there."""
-    if (out / WEIGHTS).is_file():
-        return json.loads((out / WEIGHTS).read_text())
+    """The weights and their path, from `out` if they are there. ValueError if those are of something else."""
     if method.steps == 0:
         return {"weights": method.weights(()).tolist(), "path_steps": [], "path": []}
     mark = flatten(replace(base, checkpoint_every=0, mesh=type(base.mesh)()))
     mark |= {"method": trial.method, "budget": trial.budget, "target": trial.target}
     mark |= {"sources": sources.content_hash, "validation": validation.content_hash}
+    mark = json.loads(json.dumps(mark))
+    if (out / WEIGHTS).is_file():
+        found = json.loads((out / WEIGHTS).read_text())
+        differs = [name for name in mark if found["mark"].get(name) != mark[name]]
+        require(not differs, str(out), differs, "a search of the same settings and data, or another directory")
+        return found
     mesh = make_mesh(base.mesh.data, base.mesh.fsdp, base.mesh.expert)
-    done = lambda step, m: progress(  # noqa: E731
-        int(step * method.passes), f"search: loss {m['loss']:.3f}"
-    )
+    shown = lambda m: ", ".join(f"{name} {value:.3f}" for name, value in m.items())  # noqa: E731
+    done = lambda step, m: progress(int(step * method.passes), f"search: {shown(m)}")  # noqa: E731
     weights, at, path = search(method, base, sources, validation, mesh, out, mark, done)
-    found = {"weights": weights.tolist(), "path_steps": at, "path": path.round(4).tolist()}
+    found = {"weights": weights.tolist(), "path_steps": at, "path": path.round(4).tolist(), "mark": mark}
     if is_primary():
         write_json(out / WEIGHTS, found)
     return found

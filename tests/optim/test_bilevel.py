@@ -39,7 +39,7 @@ def to_target(w, batch):
     return 0.5 * jnp.sum((w - batch) ** 2), jnp.ones((), w.dtype)
 
 
-def still(num=3):
+def still():
     """Optimisers that leave both models where they are and show lam's gradient."""
     return {"w_opt": optax.set_to_zero(), "u_opt": optax.set_to_zero(), "lam_opt": optax.sgd(1.0)}
 
@@ -322,6 +322,7 @@ def method(**options):
 @pytest.mark.parametrize(("options", "field"), [
     ({"alpha": 0.0}, "alpha"), ({"alpha": -1.0}, "alpha"), ({"alpha": float("nan")}, "alpha"),
     ({"alpha": float("inf")}, "alpha"), ({"lam_opt": optax.adamw(0.1, weight_decay=0.01)}, "lam_opt"),
+    ({"lam_opt": optax.adamw(optax.linear_schedule(0.0, 0.1, 10), weight_decay=0.01)}, "lam_opt"),
 ])  # fmt: skip
 def test_bad_settings_are_refused(options, field):
     with pytest.raises(ValueError, match=f"^{field} = "):

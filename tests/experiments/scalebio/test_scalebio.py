@@ -128,6 +128,8 @@ def test_an_arm_searches_trains_and_is_taken_up_again(tmp_path, monkeypatch):
     monkeypatch.setattr(searching, "one_step", None)  # nothing is searched for again
     again, _ = study.run(trial, 0, tmp_path, quiet)
     assert again["test_ce"] == metrics["test_ce"]
+    with pytest.raises(ValueError, match="expected a search of the same settings and data"):
+        study.run(replace(trial, budget=15.0), 0, tmp_path, quiet)
 
 
 def test_a_target_is_validation_and_test_and_no_source(tmp_path):
@@ -164,6 +166,11 @@ def test_agreement_is_kendalls_tau(weights, tau):
     ({"method": "nothing()"}, "method"), ({"method": "scalebio(beta=1)"}, "method"),
     ({"method": "scalebio(alpha=-1.0)"}, "alpha"), ({"method": "scalebio(layers=3)"}, "active"),
     ({"method": "only(source=4)"}, "method: source"), ({"budget": 0.0}, "budget"), ({"target": "moon"}, "target"),
+    ({"budget": 2.0}, "budget"), ({"method": "scalebio(lam_rate=-0.1)"}, "lam_rate"),
+    ({"method": "rho(share=2.0)"}, "share"),
+    ({"run": with_overrides(RUN, ["reweighting.strategy=lin_upper"])}, "run.reweighting.strategy"),
+    ({"run": with_overrides(RUN, ["data.weights=1,0,0,0"])}, "run.data.weights"),
+    ({"run": with_overrides(RUN, ["model.vocab_size=32"])}, "model.vocab_size"),
     ({"run": replace(RUN, batch_size=6)}, "run.batch_size"),
     ({"run": replace(RUN, model=SMOKE.model)}, "run.model.moe"),
     ({"run": replace(RUN, data=replace(RUN.data, domains=("clean",)))}, "run.data.domains"),
@@ -177,6 +184,8 @@ def test_bad_input_is_refused_before_anything_is_made(change, field):
 def test_settings_reach_the_fresh_model_and_the_search():
     changed = with_overrides(Trial("scalebio()", RUN, budget=30.0), ["budget=60", "run.steps=5"])
     assert (changed.budget, changed.run.steps, changed.steps) == (60.0, 5, 65)
+    longer = with_overrides(Trial("uniform()", RUN, budget=30.0, longer=True), ["budget=60"])
+    assert (longer.steps, longer.fresh_steps) == (62, 62)
 
 
 def test_search_state_is_counted_per_device():
