@@ -22,8 +22,9 @@ for all. `uniform_longer` has no search and the budget as further steps: it is w
 
 All methods but uniform and doremi learn from the validation split, and so does the choice of rates: `val_ce` of a
 fresh model is no estimate of anything, `test_ce` is of text that no method saw. What the bilevel methods must be told
-was chosen at a seed of its own (preset `rates`, all values in its result); the others have their papers' numbers and
-are not tuned, as is the model's rate for them: it is the one with which uniform weights do best.
+was chosen at a seed of its own (preset `rates`, all values in its result): the lowest `val_ce` was that of alpha 100
+with rate 0.03, and for F2SA of 0.3 with 1. The others have their papers' numbers and are not tuned; the model's rate,
+for all, is the one with which uniform weights do best. No arm trains on validation text itself, the cheap rival.
 
 Sizes: p of the clean source above 0.6 at every seed, and Kendall's tau of weight and cleanliness 0.8 in the mean, are
 the project's own bounds; the paper shows curves. Of the loss the sign alone is claimed: the paper has MT-Bench 7.12
@@ -48,7 +49,7 @@ NOISED = DataConfig(corpus="noised(noise='unigram')", seq_len=64)
 FLAT_NOISE = DataConfig(corpus="noised(noise='uniform')", seq_len=64)
 PACKAGED = DataConfig(corpus="packaged", seq_len=64)
 RATES = (1e-3, 3e-3, 1e-2)
-SCALEBIO = "scalebio(alpha=10.0, lam_rate=0.02)"
+SCALEBIO = "scalebio(alpha=100.0, lam_rate=0.03)"
 SEARCHES = {"f2sa": "f2sa()", "doremi": "doremi()", "doge": "doge()", "rho": "rho()", "influence": "influence()"}
 TARGET = "docstrings"
 
