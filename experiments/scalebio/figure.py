@@ -10,13 +10,19 @@ import numpy as np
 
 from experiments.figures import new_figure, save, styled
 
+SCORES = {
+    "test_ce": "test CE of a fresh model (nats per token)",
+    "mean_accuracy": "right answers of fresh adapters (test)",
+}
+
 
 @styled
 def draw(content: dict[str, Any], path: Path) -> None:
     """`content` is result.json. With fresh models: the first searching arm's weights over its steps, every seed a line;
     the weights of all arms; test loss, every seed a dot. Without (quadratics): the validation loss over steps."""
     arms, series = content["arms"], content["series"]
-    if not any("test_ce" in of for of in arms.values()):
+    score = next((name for name in SCORES if any(name in of for of in arms.values())), "")
+    if not score:
         return losses(series, path)
     fig = new_figure(16, 6)
     axes: Any = fig.subplots(1, 3, width_ratios=[1, 1.1, 1])
@@ -26,7 +32,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
     colours = [plt.get_cmap("viridis")(x) for x in np.linspace(0.0, 0.9, len(domains))]
     paths(axes[0], shown, series[shown], colours)
     ends(axes[1], series, domains, colours)
-    fresh(axes[2], arms)
+    fresh(axes[2], arms, score)
     save(fig, path)
     return None
 
@@ -58,16 +64,16 @@ def ends(ax: Any, series: dict[str, Any], domains: list[str], colours: list[Any]
     ax.set_xlabel("weights at the end, mean over seeds")
 
 
-def fresh(ax: Any, arms: dict[str, Any]) -> None:
+def fresh(ax: Any, arms: dict[str, Any], score: str) -> None:
     rows = np.arange(len(arms))[::-1]
     for row, of in zip(rows, arms.values(), strict=True):
-        values = of["test_ce"]["values"]
+        values = of[score]["values"]
         ax.plot(values, [row] * len(values), "o", color="tab:blue", alpha=0.6, markersize=6)
         ax.plot(np.mean(values), row, "|", color="black", markersize=16, markeredgewidth=2)
     labels = [f"{name} ({of['passes']['mean']:,.0f})" for name, of in arms.items()]
     ax.set_yticks(rows, labels)
     ax.set_ylim(-0.6, len(arms) - 0.4)
-    ax.set_xlabel("test CE of a fresh model (nats per token);\nin brackets: passes, search and training")
+    ax.set_xlabel(f"{SCORES[score]};\nin brackets: passes, search and training")
 
 
 def losses(series: dict[str, Any], path: Path) -> None:

@@ -98,12 +98,12 @@ def mixture(tasks: Sequence[Tokenized], seed: int, step: int, batch_size: int) -
     require(bool(tasks), "tasks", tasks, "one or more")
     samples = np.arange(step * batch_size, (step + 1) * batch_size)
     which = samples % len(tasks)
-    chosen = [_sample(tasks[t], seed, n // len(tasks)) for t, n in zip(which.tolist(), samples.tolist())]
+    chosen = [source_row(tasks[t], seed, n // len(tasks)) for t, n in zip(which.tolist(), samples.tolist())]
     length, answers = (max(task.shape[i] for task in tasks) for i in (0, 1))
     return padded(chosen, which, length, answers)
 
 
-def _sample(task: Tokenized, seed: int, index: int) -> Row:
+def source_row(task: Tokenized, seed: int, index: int) -> Row:
     epoch, place = divmod(index, len(task.rows))
     return task.rows[_order(task.name, len(task.rows), seed, epoch)[place]]
 
