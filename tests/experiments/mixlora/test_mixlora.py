@@ -183,7 +183,7 @@ def test_smoke_ends_in_a_table_and_a_figure(tmp_path):
         drop = arm["single_accuracy"]["mean"] - arm["multi_accuracy"]["mean"]
         assert arm["multi_task_drop"]["mean"] == pytest.approx(drop)
     lines = [read_lines(path) for path in (tmp_path / "out/runs/shared-seed0").rglob("metrics.jsonl")]
-    assert {len(rows) for rows in lines} == {3, 6}
+    assert {len(rows) for rows in lines} == {3, 6, 8}  # one task, both, the base
 
 
 def test_methods_are_those_that_are_named():
