@@ -55,6 +55,9 @@ def grid(ax: Any, tried: dict[str, Any]) -> None:
         known = [(float(rate), value) for rate, value in found.items() if value is not None]
         ax.plot(*zip(*known, strict=True), "o-", color=colour(name, i), label=name)
     ax.set_xscale("log")
+    rates = sorted({float(rate) for found in tried["arms"].values() for rate in found})
+    ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    ax.minorticks_off()
     ax.set_xlabel("learning rate")
     ax.set_ylabel("validation CE at the seed of the choice")
     ax.set_title("what was tried")
