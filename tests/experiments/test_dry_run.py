@@ -7,7 +7,7 @@ import pytest
 
 from experiments import dry_run as module
 from experiments.bench.shape import StepShape
-from experiments.config import InitConfig
+from experiments.config import InitConfig, ReweightingConfig
 from experiments.dry_run import abstract_state, parameter_counts
 from experiments.experiment import load, names, trained
 from experiments.recipes import PRESETS, cluster
@@ -35,7 +35,8 @@ def lower_distinct(name, preset, alike):
     distinct = {}
     for arm, config in trained(made).items():
         quiet = replace(config.balance, weight=0.0, scope="none")
-        same = replace(config, steps=1, seed=0, init=InitConfig(), balance=quiet)
+        rate = replace(config.optimizer, learning_rate=1.0)
+        same = replace(config, steps=1, seed=0, init=InitConfig(), balance=quiet, optimizer=rate)
         distinct.setdefault(alike(same), arm)
     for arm in distinct.values():
         counts = dry_run(trained(made)[arm])
@@ -46,7 +47,8 @@ def lower_distinct(name, preset, alike):
 
 
 def any_router(config):
-    moe = config.model.moe
+    """And any weights of samples."""
+    moe, config = config.model.moe, replace(config, reweighting=ReweightingConfig())
     if moe is None:
         return config
     plain = replace(moe, router="softmax_topk", policy="dropless", allow_noncausal=False)
@@ -57,12 +59,12 @@ LATER = [  # as the others, and long to lower
     *(("upcycling", preset) for preset in ("cpu", "gpu", "paper")),
     *(("frugal", preset) for preset in ("cpu-long", "moe", "smollm2", "gpu", "paper")),
 ]
-SOON = [one if one not in LATER else pytest.param(*one, marks=pytest.mark.slow) for one in PRESETS_OF_ALL]
+SOON = [one for one in PRESETS_OF_ALL if one not in LATER]
 
 
 @pytest.mark.parametrize(("name", "preset"), SOON)
-def test_every_preset_of_every_experiment_lowers(name, preset):
-    """One arm per shape of model, mesh and accumulation; routers are lowered one by one in the slow suite."""
+def test_every_preset_lowers(name, preset):
+    """One arm per shape of model, mesh and accumulation; the slow suite lowers every router and score, and LATER."""
     lower_distinct(name, preset, any_router)
 
 

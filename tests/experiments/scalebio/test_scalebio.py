@@ -208,6 +208,13 @@ def test_presets_name_arms_that_their_claims_compare():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["smoke", "smollm2", "gpu", "paper"])
+def test_presets_are_counted(name):
+    for arm in preset_of(load("scalebio"), name).arms.values():
+        assert all(value > 0 for value in arm.count().values())
+
+
+@pytest.mark.slow
 def test_smoke_ends_in_a_table_and_a_figure(tmp_path):
     content = run_preset("scalebio", "smoke", tmp_path / "out", console=Console(quiet=True))
     assert (tmp_path / "out/figure.png").stat().st_size > 10_000
