@@ -197,10 +197,11 @@ def _bilevel(
 
         gap, grad_lam = jax.value_and_grad(gap_of)(lam)
         updates, opt_lam = lam_opt.update(strength * grad_lam, state.opt_lam, lam)
+        moved_lam: Any = optax.apply_updates(lam, updates)
         moved_w, opt_w = w_opt.update(grads_w, state.opt_w, trained_w)
         moved_u, opt_u = u_opt.update(grads_u, state.opt_u, trained_u)
         new = BilevelState(
-            lam=lam + updates,  # type: ignore[operator]
+            lam=moved_lam,
             w=part_w.put(state.w, optax.apply_updates(trained_w, moved_w), now),
             u=part_u.put(state.u, optax.apply_updates(trained_u, moved_u), now),
             opt_lam=opt_lam,
