@@ -4,6 +4,8 @@
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 PY := .venv/bin/python
+# A file's fixtures and compiled programs are made once: its tests stay in one process.
+PYTEST := $(PY) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 # The newest interpreter of 3.11 to 3.13 that really works: it imports venv and builds one with pip inside.
 # (A Debian python3 without python3-venv and a pyenv shim without a version both look fine until then.)
@@ -35,10 +37,10 @@ reproduce: .venv/base
 	$(PY) -m experiments run global-batch-lbl --preset cpu --out runs/global-batch-lbl-cpu
 
 test: .venv/test
-	$(PY) -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test-slow: .venv/test
-	$(PY) -m pytest -m slow
+	$(PYTEST) -m slow
 
 test-all: test test-slow
 

@@ -281,12 +281,3 @@ def check_sources(source: Any, num_sources: int) -> None:
     bad = ids[(ids < 0) | (ids >= num_sources)]
     require(ids.size > 0, "source ids", ids.tolist(), "at least one sample")
     require(bad.size == 0, "source id", int(bad[0]) if bad.size else None, f"0 to {num_sources - 1}")
-
-
-def by_source(losses: Array, counts: Array, source: Array, num_sources: int) -> tuple[Array, Array]:
-    """Samples' summed losses and counts of what was summed, [B] each, to (sums [S], counts [S]) by their source [B].
-
-    Under jit and on a mesh these are sums over all devices' samples.
-    """
-    member = jax.nn.one_hot(source, num_sources, dtype=losses.dtype)
-    return losses @ member, counts.astype(losses.dtype) @ member

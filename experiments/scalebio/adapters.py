@@ -36,7 +36,8 @@ from experiments.weighted_loss import token_losses
 from moe.config import require
 from moe.lora.adapters import init_adapters
 from moe.lora.config import AdapterConfig
-from optim.bilevel import BilevelState, by_source, penalty_bilevel, weights_of
+from optim.bilevel import BilevelState, penalty_bilevel, weights_of
+from optim.domain_weights import domain_sums
 from parallel.checkpoint import Checkpoints
 
 CYCLE = 4096  # rows after which the order of sources repeats
@@ -158,13 +159,13 @@ def search(
 def method(trial: AdapterTrial, config: Any, params: Any, router_state: Any, tx: Any, num_sources: int) -> Any:
     def nats(tree: Any, rows: Batch) -> Array:
         out = adapted(config, trial.adapters, params, router_state, tree, rows, None, None)
-        return token_losses(out, rows.targets) * rows.weights
+        return token_losses(out, rows.targets)
 
     def inner(tree: Any, rows: Batch) -> tuple[Array, Array]:
-        return by_source(nats(tree, rows).sum(1), rows.weights.sum(1), rows.task, num_sources)
+        return domain_sums(nats(tree, rows), rows.task, num_sources, rows.weights > 0)
 
     def outer(tree: Any, rows: Batch) -> tuple[Array, Array]:
-        return nats(tree, rows).sum(), rows.weights.sum()
+        return jnp.sum(nats(tree, rows) * rows.weights), jnp.sum(rows.weights)
 
     lam_opt = optax.adam(trial.lam_rate)
     return penalty_bilevel(outer, inner, alpha=trial.alpha, w_opt=tx, u_opt=tx, lam_opt=lam_opt)

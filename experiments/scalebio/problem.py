@@ -21,7 +21,8 @@ from experiments.weighted_loss import token_losses
 from moe.active_layers import active_forward
 from moe.config import require
 from moe.transformer import Transformer
-from optim.bilevel import Loss, by_source
+from optim.bilevel import Loss
+from optim.domain_weights import domain_sums
 from optim.parts import ActiveLayers
 
 FORWARD = 1 / 3  # of a forward-backward pass
@@ -101,7 +102,7 @@ def losses_of(problem: Problem, params: Any, batch: Batch) -> tuple[Array, Array
 
 def source_losses(problem: Problem, params: Any, batch: Batch) -> tuple[Array, Array]:
     nll, weights = losses_of(problem, params, batch)
-    return by_source(jnp.sum(nll * weights, 1), jnp.sum(weights, 1), batch["domain"], problem.num_sources)
+    return domain_sums(nll, batch["domain"], problem.num_sources, weights > 0)
 
 
 def summed_loss(problem: Problem, params: Any, batch: Batch) -> tuple[Array, Array]:

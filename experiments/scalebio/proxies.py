@@ -29,7 +29,6 @@ from experiments.scalebio.problem import (
 from experiments.step import Batch
 from optim import domain_weights
 from optim.adamw import warmup_cosine
-from optim.bilevel import by_source
 
 
 class DoReMi(NamedTuple):
@@ -62,7 +61,7 @@ def doremi(problem: Problem, eta: float = 1.0, smoothing: float = 1e-3) -> Metho
             now = jax.lax.stop_gradient(nll)
             excess = domain_weights.excess_loss(now, of_reference, domains, problem.num_sources, mask > 0)
             weights, rule_state = rule.update(*excess, state.rule)
-            sums, counts = by_source(jnp.sum(nll * mask, 1), jnp.sum(mask, 1), domains, problem.num_sources)
+            sums, counts = domain_weights.domain_sums(nll, domains, problem.num_sources, mask > 0)
             return jnp.dot(weights, sums / jnp.maximum(counts, 1)), rule_state
 
         (loss, rule_state), grads = jax.value_and_grad(loss_of, has_aux=True)(state.proxy.params)

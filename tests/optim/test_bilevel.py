@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optim.bilevel import by_source, check_sources, penalty_bilevel, released_bilevel, weights_of
+from optim.bilevel import check_sources, penalty_bilevel, released_bilevel, weights_of
+from optim.domain_weights import domain_sums
 from parallel.mesh import make_mesh
 
 S, DIM = 4, 3
@@ -192,7 +193,7 @@ def samples(rng, source, mu):
 
 def sampled(w, batch):
     x, source = batch
-    return by_source(0.5 * jnp.sum((w[None] - x) ** 2, axis=1), jnp.ones(x.shape[0]), source, S)
+    return domain_sums(0.5 * jnp.sum((w[None] - x) ** 2, axis=1), source, S)
 
 
 def of_samples(w, batch):
@@ -249,7 +250,7 @@ def test_a_missing_source_has_no_gradient_and_no_say(x64):
     w, u = places(rng)
     batch = jnp.asarray(x)[None], jnp.asarray(source)[None]
     found, metrics = hypergradient(of_samples, sampled, 3.0, lam, w, u, batch, jnp.zeros((1, 2, DIM)))
-    assert found[2] == 0
+    assert abs(found[2]) < 1e-14  # of weights and losses around 1, in float64
     assert metrics["present"].tolist() == [True, True, False, True]
     here = np.array([0, 1, 3])
     q = np.asarray(weights_of(lam[here]))
