@@ -6,14 +6,16 @@ preset is a set of arms of one kind and a number of seeds. The shared runner (`e
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from experiments.claims import Claim
 from experiments.config import PARENT, RunConfig
+from experiments.overrides import flatten, with_overrides
 from moe.config import require
 
 FOLDER = Path(__file__).parent
@@ -46,6 +48,23 @@ class Study:
     check: Callable[[], None] = nothing
     count: Callable[[], dict[str, float | int]] | None = None
     override: Callable[[Sequence[str]], Study] | None = None
+
+
+Trial = TypeVar("Trial")
+
+
+def study_of(
+    trial: Trial,
+    run: Callable[[Trial, int, Path, StudyProgress], tuple[dict[str, float], dict[str, Any]]],
+    steps: Callable[[Trial], int],
+    check: Callable[[Trial], None],
+    count: Callable[[Trial], dict[str, float | int]],
+    override: Callable[[Trial, Sequence[str]], Trial] = with_overrides,
+) -> Study:
+    """The study a dataclass describes: its fields are the settings; the functions are `Study`'s, and take it first."""
+    again = lambda settings: study_of(override(trial, settings), run, steps, check, count, override)  # noqa: E731
+    of = lambda function: functools.partial(function, trial)  # noqa: E731
+    return Study(of(run), flatten(trial), steps(trial), of(check), of(count), again)
 
 
 Arm = RunConfig | Study

@@ -25,9 +25,8 @@ from experiments.dr_llm.packaged import Packaged
 from experiments.dr_llm.quiz import Examiner, Quiz, evaluator
 from experiments.dr_llm.routers import RouterTraining, decided, quality, train_routers
 from experiments.dr_llm.supervision import Found, SearchConfig, Supervision, searched, supervision
-from experiments.experiment import Study, StudyProgress
+from experiments.experiment import Study, StudyProgress, study_of
 from experiments.finetune import Base, fingerprint
-from experiments.overrides import flatten, with_overrides
 from moe.config import ModelConfig, require
 from moe.depth.paths import Path as Blocks
 from moe.depth.paths import count_executions, labels_of
@@ -76,14 +75,7 @@ class Trial:
 
 
 def study(trial: Trial) -> Study:
-    return Study(
-        functools.partial(run, trial),
-        flatten(trial),
-        SHARES.get(trial.policy, 2),
-        functools.partial(check, trial),
-        functools.partial(count, trial),
-        lambda settings: study(with_overrides(trial, settings)),
-    )
+    return study_of(trial, run, lambda trial: SHARES.get(trial.policy, 2), check, count)
 
 
 def check(trial: Trial) -> None:

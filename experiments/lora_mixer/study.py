@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array
 
 from experiments.config import MeshConfig
-from experiments.experiment import Study, StudyProgress
+from experiments.experiment import Study, StudyProgress, study_of
 from experiments.finetune import (
     Base,
     FinetuneConfig,
@@ -40,7 +40,7 @@ from experiments.lora_mixer.probing import Probe, mi_by_layer, probe, routing_me
 from experiments.mixlora import study as sibling
 from experiments.mixlora.worlds import Symbolic, World
 from experiments.output import write_json
-from experiments.overrides import flatten, with_overrides
+from experiments.overrides import with_overrides
 from experiments.step import make_optimizer
 from experiments.tasks.training import Batch
 from experiments.train import loss_curve, read_lines
@@ -135,15 +135,7 @@ class Mixture(NamedTuple):
 
 
 def study(trial: Trial) -> Study:
-    trial = like_folders(trial)
-    return Study(
-        functools.partial(run, trial),
-        flatten(trial),
-        trial.steps,
-        functools.partial(check, trial),
-        functools.partial(count, trial),
-        lambda settings: study(overridden(trial, settings)),
-    )
+    return study_of(like_folders(trial), run, lambda trial: trial.steps, check, count, overridden)
 
 
 def overridden(trial: Trial, settings: Sequence[str]) -> Trial:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.config import MeshConfig
-from experiments.experiment import Study, StudyProgress
+from experiments.experiment import Study, StudyProgress, study_of
 from experiments.finetune import (
     AdapterState,
     Base,
@@ -30,7 +30,7 @@ from experiments.finetune import (
     state_bytes,
 )
 from experiments.mixlora.worlds import Score, Symbolic, World
-from experiments.overrides import flatten, with_overrides
+from experiments.overrides import with_overrides
 from experiments.step import make_optimizer
 from experiments.tasks.training import Batch
 from experiments.train import loss_curve, read_lines
@@ -77,14 +77,7 @@ class Trial:
 
 
 def study(trial: Trial) -> Study:
-    return Study(
-        functools.partial(run, trial),
-        flatten(trial),
-        trial.steps,
-        functools.partial(check, trial),
-        functools.partial(count, trial),
-        lambda settings: study(overridden(trial, settings)),
-    )
+    return study_of(trial, run, lambda trial: trial.steps, check, count, overridden)
 
 
 def overridden(trial: Trial, settings: Sequence[str]) -> Trial:

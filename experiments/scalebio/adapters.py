@@ -23,10 +23,10 @@ from flax import struct
 from jax import Array
 
 from experiments.data.pipeline import Weighted, proportions
-from experiments.experiment import Study, StudyProgress
+from experiments.experiment import Study, StudyProgress, study_of
 from experiments.finetune import Base, FinetuneConfig, adapted, finetune, fingerprint, state_bytes
 from experiments.mixlora.worlds import Packaged
-from experiments.overrides import flatten, with_overrides
+from experiments.overrides import flatten
 from experiments.scalebio.study import agreement
 from experiments.step import make_optimizer
 from experiments.stepping import stepped
@@ -77,14 +77,7 @@ class AdapterTrial:
 
 
 def study(trial: AdapterTrial) -> Study:
-    return Study(
-        functools.partial(run, trial),
-        flatten(trial),
-        trial.steps,
-        trial.world.check,
-        functools.partial(count, trial),
-        lambda settings: study(with_overrides(trial, settings)),
-    )
+    return study_of(trial, run, lambda trial: trial.steps, lambda trial: trial.world.check(), count)
 
 
 def count(trial: AdapterTrial) -> dict[str, float | int]:

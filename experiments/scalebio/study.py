@@ -20,9 +20,9 @@ from experiments import recipes
 from experiments.config import DataConfig, RunConfig
 from experiments.data.corpus import Corpus, open_corpus
 from experiments.dry_run import dry_run
-from experiments.experiment import Study, StudyProgress
+from experiments.experiment import Study, StudyProgress, study_of
 from experiments.output import write_json
-from experiments.overrides import flatten, with_overrides
+from experiments.overrides import flatten
 from experiments.scalebio.problem import Method, Problem
 from experiments.scalebio.search import begin, search
 from experiments.train import check as check_run
@@ -86,14 +86,7 @@ class Trial:
 
 
 def study(trial: Trial) -> Study:
-    return Study(
-        functools.partial(run, trial),
-        flatten(trial),
-        trial.steps,
-        functools.partial(check, trial),
-        functools.partial(count, trial),
-        lambda settings: study(with_overrides(trial, settings)),
-    )
+    return study_of(trial, run, lambda trial: trial.steps, check, count)
 
 
 def check(trial: Trial) -> None:
