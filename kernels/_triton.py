@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.metadata import PackageNotFoundError, version
@@ -92,6 +92,18 @@ def require_versions(jax_version: str, jax_triton_version: str) -> None:
     require(not old_rule, "jax, jax-triton", (jax_version, jax_triton_version), "jax below 0.12 with this jax-triton")
     too_new = new_triton and numbers(jax_version) < (0, 11)
     require(not too_new, "jax, jax-triton", (jax_version, jax_triton_version), "jax-triton 0.3 with this jax")
+
+
+def on_gpu(gpu: Callable[..., Any], cpu: Callable[..., Any], *args: Any) -> Any:
+    """`gpu(*args)`, which calls kernels, where the program is lowered for CUDA, and `cpu(*args)` on CPU.
+
+    Without Triton a machine of CPUs compiles the latter alone, and one with a GPU is told what it lacks.
+    """
+    if interpreting():
+        return gpu(*args)
+    if not available() and jax.default_backend() == "cpu":
+        return jax.lax.platform_dependent(*args, cpu=cpu)
+    return jax.lax.platform_dependent(*args, cpu=cpu, cuda=gpu)
 
 
 def call(

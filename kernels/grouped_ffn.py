@@ -16,20 +16,23 @@ are never kept: SonicMoE, arXiv 2512.14080.)
 Assignments are sorted by expert once. Dispatch gathers rows of x; combine gathers rows of the expert outputs; both
 transposes are again gathers, through the inverse permutation: sums have a fixed order and results are reproducible.
 What a backward needs beyond the inputs is the pre-activations H [N, F], biases added, in sorted order, on CPU and GPU
-alike.
+alike. With `triton` dispatch and combine are the loads and stores of the products themselves: no sorted copy of x, of
+the outputs or of their gradients is made (kernels/grouped_gpu.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from kernels import _triton
 from kernels.checks import require, require_choice, require_integer, require_shape
+from kernels.grouped_gpu import swiglu_backward, swiglu_forward
 from kernels.grouped_matmul import (
     Arrays,
     Blocks,
@@ -43,7 +46,7 @@ from kernels.grouped_matmul import (
 )
 from kernels.products import dot_lt, dot_rt, wide
 
-Implementation = Literal["auto", "blocks", "ragged_dot", "reference"]
+Implementation = Literal["auto", "blocks", "ragged_dot", "triton", "reference"]
 ScaleOn = Literal["output", "input"]
 Activation = Literal["swiglu", "swiglu_oai", "relu", "gelu"]
 
@@ -306,12 +309,58 @@ def _backward_ragged(options: _Options, x: Array, s: _Sorted, experts: _Experts,
     return drows, dscale, gradients
 
 
-def _choose(options: _Options, blocks, ragged, *args):
-    if options.implementation == "blocks":
-        return blocks(*args)
-    if options.implementation == "ragged_dot":
-        return ragged(*args)
-    return lax.platform_dependent(*args, cpu=blocks, default=ragged)
+def _combined(run: Callable, options: _Options, weights: Array, valid: Array, x: Array, s: _Sorted, experts: _Experts):
+    """Outputs [T, d] and H, from what `run` makes in sorted order."""
+    y, h = run(options, x, s, experts)
+    scale = weights if options.scale_on == "output" else None
+    return _combine(y, scale, s.rows.position.reshape(valid.shape), valid), h
+
+
+def _forward_triton(options: _Options, weights: Array, valid: Array, x: Array, s: _Sorted, experts: _Experts):
+    y, h = swiglu_forward(x, experts.gate_up, experts.down, s.rows, s.token, s.weight)
+    return _sum_slots(y, valid).astype(x.dtype), h
+
+
+def _sum_slots(rows_ND: Array, valid: Array) -> Array:
+    """Rows at their assignments t K + k, of which valid ones are defined, summed over k in the wide type, [T, d]."""
+    rows = jnp.where(valid[..., None], rows_ND.reshape(*valid.shape, -1), jnp.zeros((), rows_ND.dtype))
+    return jnp.sum(rows, axis=1, dtype=wide(rows.dtype))
+
+
+def _to_tokens(run: Callable, options: _Options, weights: Array, valid: Array, *args):
+    """Gradients of x [T, d], of the weights [T, K] and of the parameters, from what `run` makes in sorted order."""
+    dx_sorted, dweight_sorted, gradients = run(options, *args)
+    position = args[1].rows.position.reshape(valid.shape)
+    return _combine(dx_sorted, None, position, valid), _take(dweight_sorted, position), gradients
+
+
+def _backward_triton(
+    options: _Options, weights: Array, valid: Array, x: Array, s: _Sorted, experts: _Experts, h: Array, dout: Array
+):
+    made = swiglu_backward(x, experts.gate_up, experts.down, s.rows, s.token, s.weight, h, dout)
+    dweights = _take(made.scale, s.rows.position.reshape(valid.shape)).astype(weights.dtype)
+    return _sum_slots(made.x, valid).astype(x.dtype), dweights, _Experts(made.gate_up, made.down, None, None)
+
+
+_FORWARD = {
+    "blocks": partial(_combined, _forward_blocks),
+    "ragged_dot": partial(_combined, _forward_ragged),
+    "triton": _forward_triton,
+}
+_BACKWARD = {
+    "blocks": partial(_to_tokens, _backward_blocks),
+    "ragged_dot": partial(_to_tokens, _backward_ragged),
+    "triton": _backward_triton,
+}
+
+
+def _choose(ways: Mapping[str, Callable], options: _Options, *args):
+    on = {name: partial(way, options) for name, way in ways.items()}
+    if options.implementation == "triton":
+        return _triton.on_gpu(on["triton"], on["blocks"], *args)
+    if options.implementation == "auto":
+        return lax.platform_dependent(*args, cpu=on["blocks"], default=on["ragged_dot"])
+    return on[options.implementation](*args)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -322,21 +371,15 @@ def _grouped(options: _Options, x: Array, indices: Array, weights: Array, valid:
 def _grouped_fwd(options: _Options, x: Array, indices: Array, weights: Array, valid: Array, experts: _Experts):
     s = _sort(indices, weights, valid, experts.gate_up.shape[0], options.sizes[-1])
     compute = jax.tree.map(lambda a: a.astype(x.dtype), experts)
-    forward = partial(_forward_blocks, options), partial(_forward_ragged, options)
-    y, h = _choose(options, *forward, x, s, compute)
-    scale = weights if options.scale_on == "output" else None
-    out = _combine(y, scale, s.rows.position.reshape(indices.shape), valid)
+    out, h = _choose(_FORWARD, options, weights, valid, x, s, compute)
     return out, (x, weights, valid, experts, s, h)
 
 
 def _grouped_bwd(options: _Options, residuals, dout: Array):
     x, weights, valid, experts, s, h = residuals
     compute = jax.tree.map(lambda a: a.astype(x.dtype), experts)
-    backward = partial(_backward_blocks, options), partial(_backward_ragged, options)
-    dx_sorted, dweight_sorted, gradients = _choose(options, *backward, x, s, compute, h, dout)
-    position = s.rows.position.reshape(valid.shape)
-    dx = _combine(dx_sorted, None, position, valid)
-    dweights = jnp.where(valid, _take(dweight_sorted, position), jnp.zeros((), weights.dtype))
+    dx, dweights, gradients = _choose(_BACKWARD, options, weights, valid, x, s, compute, h, dout)
+    dweights = jnp.where(valid, dweights, jnp.zeros((), weights.dtype))
     return dx, None, dweights, None, jax.tree.map(lambda g, a: g.astype(a.dtype), gradients, experts)
 
 
@@ -391,7 +434,8 @@ def grouped_ffn(
       activation: a row of the module's table: `swiglu`, `swiglu_oai`, `relu` or `gelu`.
       block_size: rows of one block; 0 picks several sizes by the mean assignments per expert.
       scale_on: `weights` multiply the expert's output, `down_bias` included, or its input before any bias (Llama 4).
-      implementation: `blocks`, `ragged_dot`, `reference` (dense, the oracle) or `auto`: first on CPU, else second.
+      implementation: `blocks`, `ragged_dot`, `reference` (dense, the oracle) or `auto`: first on CPU, else second;
+        `triton`: first on CPU, fused kernels on GPU, which know `swiglu` without biases, weights on the output.
 
     Returns:
       [T, d] in x's dtype.
@@ -404,7 +448,11 @@ def grouped_ffn(
     _check(x, indices, weights, valid, experts, gated=is_gated(activation))
     require(block_size >= 0, "block_size", block_size, "0 (automatic) or a positive row count")
     require_choice("scale_on", scale_on, ("output", "input"))
-    require_choice("implementation", implementation, ("auto", "blocks", "ragged_dot", "reference"))
+    require_choice("implementation", implementation, get_args(Implementation))
+    plain = activation == "swiglu" and gate_up_bias is None and down_bias is None and scale_on == "output"
+    of = activation, "biases" if gate_up_bias is not None or down_bias is not None else "no biases", scale_on
+    require(plain or implementation != "triton", "activation, biases, scale_on", of,
+            "swiglu, no biases, output for implementation = 'triton'")  # fmt: skip
     sizes = (block_size,) if block_size else automatic_block_sizes(indices.size, gate_up.shape[0])
     options = _Options(sizes, scale_on, activation, implementation)
     valid = valid & (indices >= 0) & (indices < gate_up.shape[0])

@@ -106,27 +106,27 @@ def weight_gradients(
 
 
 def swiglu_forward(
-    x: Array, gate_up: Array, down: Array, rows: SortedRows, scale: Array, top_k: int
+    x: Array, gate_up: Array, down: Array, rows: SortedRows, token: Array, scale: Array
 ) -> tuple[Array, Array]:
     """Every sorted row through its expert.
 
     Args:
       x: [T, d].
       gate_up, down: [E, d, 2f], [E, f, d].
-      scale: [N] float, weights of the sorted rows.
-      top_k: K.
+      token, scale: [N or more], each sorted row's token, int32, and weight.
 
     Returns:
       [N, d], the weighted outputs at their assignments t K + k, undefined where nothing was sent; and what the
-      backward needs, the pre-activations [N, 2f] in sorted order.
+      backward needs, the pre-activations in sorted order, as many as `token` has.
     """
     from kernels.gpu.grouped import swiglu_kernel
 
     num_rows, (num_groups, width, d) = rows.order.shape[0], down.shape
     tile = tile_for("swiglu_kernel", x.dtype, num_rows // num_groups)
+    shapes = (token.shape[0], 2 * width), (num_rows, width)
     hidden, activation = launch(
-        swiglu_kernel, tile, x, gate_up, rows.order // top_k, *tiles(rows.counts, num_rows, tile.BM),
-        outputs=[jax.ShapeDtypeStruct((num_rows, size), x.dtype) for size in (2 * width, width)],
+        swiglu_kernel, tile, x, gate_up, token, *tiles(rows.counts, num_rows, tile.BM),
+        outputs=[jax.ShapeDtypeStruct(shape, x.dtype) for shape in shapes],
         K=d, C=width,
     )  # fmt: skip
     scattered = {"target": rows.order, "num_targets": num_rows, "scale": scale}
@@ -144,13 +144,12 @@ class Gradients(NamedTuple):
 
 
 def swiglu_backward(
-    x: Array, gate_up: Array, down: Array, rows: SortedRows, scale: Array, top_k: int, hidden: Array, g: Array
+    x: Array, gate_up: Array, down: Array, rows: SortedRows, token: Array, scale: Array, hidden: Array, g: Array
 ) -> Gradients:
     """From g [T, d], the gradient of the sum of weighted outputs, and what `swiglu_forward` had and gave."""
     from kernels.gpu.grouped import swiglu_backward_kernel
 
-    num_rows, (num_groups, width, d) = rows.order.shape[0], down.shape
-    token, counts = rows.order // top_k, rows.counts
+    num_rows, counts, (num_groups, width, d) = rows.order.shape[0], rows.counts, down.shape
     tile = tile_for("swiglu_backward_kernel", x.dtype, num_rows // num_groups)
     parts = -(-width // tile.BN)
     shapes = ((num_rows, 2 * width), x.dtype), ((num_rows, width), x.dtype), ((parts, num_rows), jnp.float32)

@@ -14,16 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from kernels import _triton
 from kernels.checks import require, require_choice, require_integer, require_shape
 from kernels.products import dot_lt, dot_rt, wide
 
-Implementation = Literal["blocks", "reference", "ragged_dot"]
+Implementation = Literal["blocks", "reference", "ragged_dot", "triton"]
 Arrays = tuple[Array, ...]
 
 
@@ -200,6 +201,40 @@ def _blocks_matmul_bwd(block_size: int, residuals: tuple[Array, Array, Array], g
 _blocks_matmul.defvjp(_blocks_matmul_fwd, _blocks_matmul_bwd)
 
 
+@jax.custom_vjp
+def _triton_matmul(x_MK: Array, w_EKN: Array, group_sizes: Array) -> Array:
+    return _triton.on_gpu(_triton_products, lambda *args: _blocks_matmul(*args, 128), x_MK, w_EKN, group_sizes)
+
+
+def _triton_products(x_MK: Array, w_EKN: Array, group_sizes: Array) -> Array:
+    from kernels.grouped_gpu import products
+
+    return _inside(products(x_MK, w_EKN, group_sizes, x_MK.shape[0]), group_sizes)
+
+
+def _inside(rows: Array, group_sizes: Array) -> Array:
+    """Rows past the last group's as zeros."""
+    return keep_rows(rows, jnp.int32(0), jnp.sum(group_sizes))
+
+
+def _triton_matmul_fwd(x_MK: Array, w_EKN: Array, group_sizes: Array):
+    return _triton_matmul(x_MK, w_EKN, group_sizes), (x_MK, w_EKN, group_sizes)
+
+
+def _triton_matmul_bwd(residuals: tuple[Array, Array, Array], g_MN: Array):
+    def gpu(x: Array, w: Array, group_sizes: Array, g: Array) -> Arrays:
+        from kernels.grouped_gpu import products, weight_gradients
+
+        dx = products(g, w, group_sizes, x.shape[0], transposed=True)
+        return _inside(dx, group_sizes), weight_gradients(x, g, group_sizes, x.shape[0]).astype(w.dtype)
+
+    cpu = lambda *args: _blocks_matmul_bwd(128, args[:3], args[3])[:2]  # noqa: E731
+    return *_triton.on_gpu(gpu, cpu, *residuals, g_MN), None
+
+
+_triton_matmul.defvjp(_triton_matmul_fwd, _triton_matmul_bwd)
+
+
 def grouped_matmul(
     x: Array,
     w: Array,
@@ -215,7 +250,8 @@ def grouped_matmul(
         get zero gradient.
       w: [E, K, N].
       group_sizes: [E] int, none negative, sum at most M (data: not checked).
-      implementation: `blocks` (the CPU path), `ragged_dot` (grouped GEMM on GPU) or `reference` (one-hot einsum).
+      implementation: `blocks` (the CPU path), `ragged_dot` (XLA's, on GPU), `triton` (our kernels on GPU, `blocks` on
+        CPU) or `reference` (one-hot einsum).
       block_size: rows of one block of `blocks`.
 
     Returns:
@@ -224,7 +260,7 @@ def grouped_matmul(
     Raises:
       ValueError: shapes, dtypes or options that do not fit.
     """
-    require_choice("implementation", implementation, ("blocks", "reference", "ragged_dot"))
+    require_choice("implementation", implementation, get_args(Implementation))
     require_shape("x", x, (None, None), "[M, K]")
     require_shape("w", w, (None, x.shape[1], None), f"[E, K = {x.shape[1]}, N]")
     require_shape("group_sizes", group_sizes, (w.shape[0],), f"[E = {w.shape[0]}]")
@@ -235,4 +271,6 @@ def grouped_matmul(
     if implementation == "ragged_dot":
         valid = group_of_row(group_sizes, x.shape[0]) < w.shape[0]
         return jnp.where(valid[:, None], lax.ragged_dot(x, w.astype(x.dtype), group_sizes), jnp.zeros((), x.dtype))
+    if implementation == "triton":
+        return _triton_matmul(x, w.astype(x.dtype), group_sizes)
     return _blocks_matmul(x, w, group_sizes, block_size)

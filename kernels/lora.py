@@ -8,7 +8,7 @@ d in, o out, r rank, N = T K assignments.
     slot_lora_sum  out[t]    = sum_j weights[t, j] (x[t, j] A_e) B_e
 
 Two ways. `concat` multiplies by all experts at once, x [A_1 .. A_E], keeps the r columns of the chosen ones and
-multiplies by [B_1; ..; B_E]: up to E times the arithmetic, but as one product of E r columns. `blocks` and `ragged_dot`
+multiplies by [B_1; ..; B_E]: up to E times the arithmetic, but as one product of E r columns. The others
 sort assignments by expert and take each group through its own pair, in `grouped_matmul`; rows move by gathers alone,
 forward and backward. Which is faster is a matter of shapes: see `choose`. Adapters may share one A (HydraLoRA,
 arXiv 2404.19245), which then multiplies each input once.
@@ -27,8 +27,8 @@ from jax import Array, lax
 from kernels.checks import require, require_choice, require_integer, require_shape
 from kernels.grouped_matmul import SortedRows, grouped_matmul, sort_rows
 
-Implementation = Literal["auto", "concat", "blocks", "ragged_dot", "reference"]
-Grouped = Literal["blocks", "ragged_dot"]
+Implementation = Literal["auto", "concat", "blocks", "ragged_dot", "triton", "reference"]
+Grouped = Literal["blocks", "ragged_dot", "triton"]
 IMPLEMENTATIONS = get_args(Implementation)
 
 
@@ -207,12 +207,14 @@ _SLOT: dict[str, Callable[..., Array]] = {
     "concat": _concat,
     "blocks": partial(_grouped, "blocks"),
     "ragged_dot": partial(_grouped, "ragged_dot"),
+    "triton": partial(_grouped, "triton"),
     "reference": _reference,
 }
 _SUM: dict[str, Callable[..., Array]] = {
     "concat": _concat_sum,
     "blocks": partial(_grouped_sum, "blocks"),
     "ragged_dot": partial(_grouped_sum, "ragged_dot"),
+    "triton": partial(_grouped_sum, "triton"),
     "reference": _reference_sum,
 }
 
@@ -254,7 +256,8 @@ def slot_lora(
       b: [E, r, o].
       indices: [T, K] int, a slot's expert. Ids that are no expert's are not valid.
       valid: [T, K] bool; the output is zero where False.
-      implementation: `concat`, `blocks`, `ragged_dot` (GPU), `reference` (all experts, the oracle) or `auto`: `choose`.
+      implementation: `concat`, `blocks`, `ragged_dot` (GPU), `triton` (GPU; `blocks` on CPU), `reference` (all
+        experts, the oracle) or `auto`: `choose`.
 
     Returns:
       [T, K, o] in x's dtype.

@@ -43,7 +43,8 @@ class MoEConfig:
         returns a `moe.routing.Router`.
       policy: `dropless`, or a token policy of `moe.policies` in the same form, `capacity(factor=1.25)`.
       allow_noncausal: permit a router or policy whose choice for a token depends on later tokens.
-      dispatcher: `blocks` (CPU default), `einsum` (the oracle), `ragged` (grouped GEMM on GPU), or `auto`.
+      dispatcher: `blocks` (CPU default), `einsum` (the oracle), `ragged` (grouped GEMM on GPU), `triton`
+        (fused kernels on GPU, `blocks` on CPU), or `auto`.
       block_size: rows of one block of the `blocks` dispatcher; 0 lets each expert choose among several sizes.
     """
 
@@ -57,7 +58,7 @@ class MoEConfig:
     router: str = "softmax_topk"
     policy: str = "dropless"
     allow_noncausal: bool = False
-    dispatcher: Literal["auto", "blocks", "einsum", "ragged"] = "auto"
+    dispatcher: Literal["auto", "blocks", "einsum", "ragged", "triton"] = "auto"
     block_size: int = 0
 
     def __post_init__(self) -> None:

@@ -103,8 +103,10 @@ def _received(expert: Array, num_experts: int) -> RouterOutput:
 
 def make_dispatcher(config: MoEConfig) -> Dispatcher:
     """The local dispatcher a config names."""
-    names: dict[str, Implementation] = {"einsum": "reference", "ragged": "ragged_dot", "blocks": "blocks"}
-    return Grouped(names.get(config.dispatcher, "auto"), config.block_size, config.activation)
+    names: dict[str, Implementation] = {
+        "auto": "auto", "blocks": "blocks", "einsum": "reference", "ragged": "ragged_dot", "triton": "triton"
+    }  # fmt: skip
+    return Grouped(names[config.dispatcher], config.block_size, config.activation)
 
 
 def dispatch(x: Array, routing: RouterOutput, experts: ExpertParams, local: Dispatcher) -> Array:

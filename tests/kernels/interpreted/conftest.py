@@ -1,0 +1,5 @@
+"""Tests that need Triton's interpreter, in a process of their own: `tests/kernels/test_in_interpreter.py` runs them."""
+
+from kernels import _triton
+
+collect_ignore_glob = [] if _triton.interpreting() else ["test_*.py"]
