@@ -9,8 +9,9 @@ Time:      cpu about 8 minutes on 2 quiet cores (estimated; the committed run sh
 Result:    cpu, three seeds: LinUpper is 0.032 nats better than the mean on every seed and 0.090 better than Extremes
            (hold); Quadratic is as good as the mean (0.008 worse, inconclusive). All methods do best at 1e-2, so the row
            at one rate is the tuned row, and the gain is not one of the rate.
-           cpu-long, two seeds: with experts LinUpper is 0.047 better than the mean (holds). On noised text, where a high
-           loss is noise, it is 0.549 worse, Quadratic 0.294, and LinUpper is 0.351 worse than Extremes (none holds).
+           cpu-long, two seeds: with experts LinUpper is 0.047 better than the mean (holds). On noised text, where a
+           high loss is noise, it is 0.549 worse, Quadratic 0.294, and LinUpper is 0.351 worse than Extremes (none
+           holds).
            On redundant text focal weights (1.676) and r = 1 (1.659) do as well as LinUpper (1.674; the mean has 1.706),
            hard examples alone (1.735) and weights of single tokens (1.767) are worse than the mean.
 
