@@ -28,8 +28,11 @@ endef
 	$(PY) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e .
 	@touch $@
 
-.venv/test: .venv/base
+.venv/test: .venv/base tests/kernels/requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[test]'
+	rm -rf .venv/kernels
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r tests/kernels/requirements.txt \
+	  --target .venv/kernels
 	@touch $@
 
 reproduce: .venv/base

@@ -1,4 +1,4 @@
-"""Tests that need Triton's interpreter, in a process of their own: `tests/kernels/test_in_interpreter.py` runs them."""
+"""Tests that need Triton's interpreter, in a process of their own: `tests/kernels/test_in_processes.py` runs them."""
 
 from kernels import _triton
 

@@ -1,4 +1,4 @@
-"""Grouped products and the fused FFN, kernel by kernel in the interpreter: values and gradients against float32 oracles.
+"""Grouped products and the fused FFN in the interpreter: values and gradients against float32 oracles.
 
 bfloat16 takes the same paths as float16, which is tested here; that it compiles and lowers is tested beside, and its
 numbers wait for a GPU (the interpreter's are wrong).
@@ -21,7 +21,7 @@ from kernels.tiles import Tile, using
 
 SMALL = Tile(16, 16, 16, 4, 2)
 TILES = (SMALL, Tile(16, 32, 16, 4, 2), Tile(32, 16, 32, 4, 2))
-TOLERANCE = {np.float32: 2e-5, np.float16: 4e-3}  # of the largest magnitude; float16 has 11 bits, products sum in float32
+TOLERANCE = {np.float32: 2e-5, np.float16: 4e-3}  # of the largest magnitude; float16 has 11 bits
 LOADS = ("random", "empty", "one", "none")
 drawn = partial(settings, derandomize=True, deadline=None, database=None)
 
