@@ -217,6 +217,43 @@ def bench_lora_experts(json: Path, rounds: int = 30) -> None:
     main(json, rounds)
 
 
+def bench_kernel_gates(json: Path) -> None:
+    """Compile every Triton kernel for A100 and H100, which need not be here; fails where one spills or does not fit.
+
+    Args:
+      json: result file.
+    """
+    start(None)
+    from experiments.bench.kernel_gates import main
+
+    main(json)
+
+
+def bench_kernels(json: Path, device: Literal["cpu", "gpu"] | None = None) -> None:
+    """Time grouped products and the expert FFN against one dense product, ragged_dot and capacity; a figure beside.
+
+    Args:
+      json: result file; the figure has its name with .png.
+      device: by default what JAX has.
+    """
+    start(None)
+    from experiments.bench.kernels import main
+
+    main(json, device)
+
+
+def bench_tune_tiles(out: Path) -> None:
+    """Time tiles of every grouped kernel on the GPU here, and write kernels/tiles.json anew with the fastest.
+
+    Args:
+      out: the new table; entries for other GPUs stay as they are.
+    """
+    start(None)
+    from experiments.bench.tune_tiles import main
+
+    main(out)
+
+
 def bench_generate(
     json: Path,
     peer_python: Path | None = None,
@@ -426,6 +463,9 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "bench lora-experts": bench_lora_experts,
     "bench bilevel": bench_bilevel,
     "bench generate": bench_generate,
+    "bench kernels": bench_kernels,
+    "bench tune-tiles": bench_tune_tiles,
+    "bench kernel-gates": bench_kernel_gates,
     "convert": convert,
     "logits": logits,
     "generate": generate,

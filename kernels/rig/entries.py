@@ -1,0 +1,165 @@
+"""The kernels of the rig: one entry each, and the configurations in which the gates compile them.
+
+A kernel joins by one entry. Every tile of its table is compiled with the first of its launches, the other launches with
+the tile of many rows; at float32, the wide tile. A kernel without a table is compiled in each of its launches.
+
+Legend: d model width, f expert width, r rank of an adapter, E experts, N sorted rows. Launches are those of
+`kernels.grouped_gpu`: of the fused FFN by the array they make, and of `grouped_matmul`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+from kernels import _triton
+from kernels.tiles import WIDE, Tile, table
+
+CAPABILITIES = (80, 90)
+MOST_CONFIGURATIONS = 60  # CI compiles them all
+D, F, R, E, N = 2048, 1024, 16, 8, 8192
+
+Constants = Mapping[str, int | bool | str]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A kernel of the package `kernels.gpu`.
+
+    Attributes:
+      name: of the function, and of its table in `tiles.json`.
+      module: where in `kernels.gpu`.
+      pointers: each pointer parameter to the dtype of its elements in Triton's words; `data` is that of activations.
+      launches: what the host calls it for, to its `tl.constexpr` parameters apart from those of a tile.
+      products: whether it multiplies matrices, which tensor cores must do.
+      fixed: warps and stages of a kernel that has no table.
+    """
+
+    name: str
+    module: str
+    pointers: Mapping[str, str]
+    launches: Mapping[str, Constants]
+    products: bool = True
+    fixed: tuple[int, int] | None = None
+
+    def load(self) -> Any:
+        """The `triton.jit` function; imports triton."""
+        return getattr(importlib.import_module(f"kernels.gpu.{self.module}"), self.name)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One compilation: an entry in one launch, at one capability, for one dtype, with a tile unless `entry.fixed`."""
+
+    entry: Entry
+    launch: str
+    capability: int
+    tile: Tile | None = None
+    data: str = "bf16"
+
+    @property
+    def warps_stages(self) -> tuple[int, int]:
+        return (self.tile.warps, self.tile.stages) if self.tile else self.entry.fixed or (4, 1)
+
+    @property
+    def tile_text(self) -> str:
+        return f"{self.tile.BM}x{self.tile.BN}x{self.tile.BK}" if self.tile else "fixed"
+
+    @property
+    def name(self) -> str:
+        """Of words and numbers alone, the same in every process."""
+        warps, stages = self.warps_stages
+        parts = self.entry.name, self.launch, self.data, f"sm{self.capability}", self.tile_text, f"{warps}x{stages}"
+        return "-".join(parts)
+
+    @property
+    def tensor_cores(self) -> bool:
+        """Whether they multiply: not float32, whose products are exact."""
+        return self.entry.products and self.data in ("bf16", "fp16")
+
+    def pointers(self) -> dict[str, str]:
+        """Parameter to dtype."""
+        return {name: self.data if dtype == "data" else dtype for name, dtype in self.entry.pointers.items()}
+
+    def constants(self) -> dict[str, int | bool | str]:
+        """All `tl.constexpr` parameters, as `kernels.grouped_gpu.launch` gives them where there is a tile."""
+        constants = dict(self.entry.launches[self.launch])
+        if self.tile:
+            tile, programs = self.tile, _triton.MULTIPROCESSORS[self.capability]
+            constants |= {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "PRECISION": "ieee", "PROGRAMS": programs}
+        return constants
+
+
+def frozen(**items: Any) -> Mapping[str, Any]:
+    return MappingProxyType(items)
+
+
+def rows_launch(
+    inner: int, columns: int, *, transposed: bool = False, scatter: bool = False, scaled: bool = False
+) -> Constants:
+    """Of `products`, [N, inner] times [E, inner, columns], or [E, columns, inner] if `transposed`."""
+    return frozen(
+        K=inner, C=columns, W_GROUP=inner * columns, W_ROW=1 if transposed else columns,
+        W_COLUMN=inner if transposed else 1, GATHER=False, SCATTER=scatter, SCALED=scaled,
+    )  # fmt: skip
+
+
+TILES = {name: "i32" for name in ("tile_group", "tile_first", "tile_stop", "num_tiles")}
+
+ENTRIES = (
+    Entry(
+        "rows_kernel", "grouped",
+        frozen(x="data", w="data", source="i32", target="i32", scale="fp32", **TILES, out="data"),
+        frozen(
+            down=rows_launch(F, D, scatter=True, scaled=True),
+            d_x=rows_launch(2 * F, D, transposed=True, scatter=True),
+            grouped=rows_launch(D, F),
+            grouped_d_x=rows_launch(F, D, transposed=True),
+            lora_a=rows_launch(D, R),
+        ),
+    ),
+    Entry(
+        "swiglu_kernel", "grouped",
+        frozen(x="data", w="data", source="i32", **TILES, hidden="data", activation="data"),
+        frozen(gate_up=frozen(K=D, C=F)),
+    ),
+    Entry(
+        "swiglu_backward_kernel", "grouped",
+        frozen(g="data", w="data", source="i32", scale="fp32", hidden="data", **TILES, d_hidden="data", scaled="data",
+               d_scale="fp32"),
+        frozen(d_hidden=frozen(K=D, C=F, N=N)),
+    ),
+    Entry(
+        "weights_kernel", "grouped",
+        frozen(left="data", right="data", left_source="i32", right_source="i32", starts="i32", out="fp32"),
+        frozen(
+            d_gate_up=frozen(L=D, R=2 * F, E=E, GATHER_LEFT=True, GATHER_RIGHT=False),
+            d_down=frozen(L=F, R=D, E=E, GATHER_LEFT=False, GATHER_RIGHT=True),
+            grouped_d_w=frozen(L=D, R=F, E=E, GATHER_LEFT=False, GATHER_RIGHT=False),
+        ),
+    ),
+)  # fmt: skip
+
+
+def configurations(entries: tuple[Entry, ...] = ENTRIES) -> tuple[Configuration, ...]:
+    """What the gates compile, in bfloat16 but for one in float16 and the wide tiles of float32."""
+    made = [configuration for entry in entries for configuration in of_entry(entry)]
+    half = next(each for each in reversed(made) if each.data == "bf16" and each.tensor_cores)
+    return (*made, replace(half, data="fp16"))
+
+
+def of_entry(entry: Entry) -> Iterator[Configuration]:
+    first, *others = entry.launches
+    for capability in CAPABILITIES:
+        if entry.fixed:
+            yield from (Configuration(entry, launch, capability) for launch in entry.launches)
+            continue
+        tiles = table()[entry.name][str(capability)]
+        for tile in dict.fromkeys(tiles.values()):  # classes may share one
+            yield Configuration(entry, first, capability, tile)
+        for launch in others:
+            yield Configuration(entry, launch, capability, tiles["many"])
+        yield Configuration(entry, first, capability, WIDE, "fp32")
