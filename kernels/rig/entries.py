@@ -4,7 +4,7 @@ A kernel joins by one entry. Every tile of its table is compiled with the first 
 the tile of many rows; at float32, the wide tile. A kernel without a table is compiled in each of its launches.
 
 Legend: d model width, f expert width, r rank of an adapter, E experts, N sorted rows. Launches are those of
-`kernels.grouped_gpu`: of the fused FFN by the array they make, and of `grouped_matmul`.
+`kernels.grouped_gpu`: of the fused FFN by the array they make, and of `grouped_matmul`; and of `kernels.routing_gpu`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from kernels.tiles import WIDE, Tile, table
 CAPABILITIES = (80, 90)
 MOST_CONFIGURATIONS = 60  # CI compiles them all
 D, F, R, E, N = 2048, 1024, 16, 8, 8192
+ROUTED_TOKENS, ROUTED_EXPERTS, MANY_EXPERTS, TOP_K = 8192, 64, 256, 8
 
-Constants = Mapping[str, int | bool | str]
+Constants = Mapping[str, int | bool | str | float]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Entry:
       pointers: each pointer parameter to the dtype of its elements in Triton's words; `data` is that of activations.
       launches: what the host calls it for, to its `tl.constexpr` parameters apart from those of a tile.
       products: whether it multiplies matrices, which tensor cores must do.
-      fixed: warps and stages of a kernel that has no table.
+      fixed: of a kernel that has no table, each launch to its warps and stages.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Entry:
     pointers: Mapping[str, str]
     launches: Mapping[str, Constants]
     products: bool = True
-    fixed: tuple[int, int] | None = None
+    fixed: Mapping[str, tuple[int, int]] | None = None
 
     def load(self) -> Any:
         """The `triton.jit` function; imports triton."""
@@ -52,7 +53,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Configuration:
-    """One compilation: an entry in one launch, at one capability, for one dtype, with a tile unless `entry.fixed`."""
+    """One compilation: an entry in one launch, at one capability, for one dtype, with a tile or in `entry.fixed`."""
 
     entry: Entry
     launch: str
@@ -62,7 +63,10 @@ class Configuration:
 
     @property
     def warps_stages(self) -> tuple[int, int]:
-        return (self.tile.warps, self.tile.stages) if self.tile else self.entry.fixed or (4, 1)
+        if self.tile:
+            return self.tile.warps, self.tile.stages
+        assert self.entry.fixed, f"{self.entry.name} has neither a tile nor fixed warps"
+        return self.entry.fixed[self.launch]
 
     @property
     def tile_text(self) -> str:
@@ -84,7 +88,7 @@ class Configuration:
         """Parameter to dtype."""
         return {name: self.data if dtype == "data" else dtype for name, dtype in self.entry.pointers.items()}
 
-    def constants(self) -> dict[str, int | bool | str]:
+    def constants(self) -> dict[str, int | bool | str | float]:
         """All `tl.constexpr` parameters, as `kernels.grouped_gpu.launch` gives them where there is a tile."""
         constants = dict(self.entry.launches[self.launch])
         if self.tile:
@@ -104,6 +108,16 @@ def rows_launch(
     return frozen(
         K=inner, C=columns, W_GROUP=inner * columns, W_ROW=1 if transposed else columns,
         W_COLUMN=inner if transposed else 1, GATHER=False, SCATTER=scatter, SCALED=scaled,
+    )  # fmt: skip
+
+
+def assignments(*, masked: bool, **more: int) -> Constants:
+    """Of kernels over assignments [T K], 16 tokens' a block; a mask is [T, K]."""
+    rows = 16 * TOP_K
+    strides = (TOP_K, 1) if masked else (1, 0)
+    return frozen(
+        N=ROUTED_TOKENS * TOP_K, E=ROUTED_EXPERTS, K=TOP_K, MASKED=masked, VALID_TOKEN=strides[0],
+        VALID_SLOT=strides[1], ROWS=rows, RP=rows, **more,
     )  # fmt: skip
 
 
@@ -140,6 +154,36 @@ ENTRIES = (
             d_down=frozen(L=F, R=D, E=E, GATHER_LEFT=False, GATHER_RIGHT=True),
             grouped_d_w=frozen(L=D, R=F, E=E, GATHER_LEFT=False, GATHER_RIGHT=False),
         ),
+    ),
+    Entry(
+        "route_kernel", "routing",
+        frozen(logits="fp32", bias="fp32", valid="i1", indices="i32", weights="fp32", probs="fp32", counts="i32"),
+        frozen(
+            softmax=frozen(T=ROUTED_TOKENS, E=ROUTED_EXPERTS, K=TOP_K, SIGMOID=False, BIASED=False, MASKED=False,
+                           RENORMALIZE=True, SCALING=1.0, PROBS=True, BT=16, EP=ROUTED_EXPERTS, KP=TOP_K),
+            sigmoid=frozen(T=ROUTED_TOKENS, E=MANY_EXPERTS, K=TOP_K, SIGMOID=True, BIASED=True, MASKED=True,
+                           RENORMALIZE=True, SCALING=2.5, PROBS=True, BT=16, EP=MANY_EXPERTS, KP=TOP_K),
+        ),
+        products=False, fixed=frozen(softmax=(4, 1), sigmoid=(8, 1)),
+    ),
+    Entry(
+        "count_kernel", "routing", frozen(indices="i32", valid="i1", counts="i32"),
+        frozen(edited=assignments(masked=True, EP=ROUTED_EXPERTS)), products=False, fixed=frozen(edited=(4, 1)),
+    ),
+    Entry(
+        "place_kernel", "routing", frozen(indices="i32", valid="i1", first="i32", position="i32", order="i32"),
+        frozen(routed=assignments(masked=False, CHUNK=32), edited=assignments(masked=True, CHUNK=32)),
+        products=False, fixed=frozen(routed=(4, 1), edited=(4, 1)),
+    ),
+    Entry(
+        "permute_kernel", "routing", frozen(x="data", order="i32", scale="fp32", kept="i32", out="data"),
+        frozen(scaled=frozen(N=ROUTED_TOKENS * TOP_K, D=D, K=TOP_K, SCALED=True, BM=16, BD=128)),
+        products=False, fixed=frozen(scaled=(4, 1)),
+    ),
+    Entry(
+        "unpermute_kernel", "routing", frozen(rows="data", position="i32", weights="fp32", kept="i32", out="data"),
+        frozen(weighted=frozen(T=ROUTED_TOKENS, D=D, K=TOP_K, WEIGHTED=True, BM=16, BD=128)),
+        products=False, fixed=frozen(weighted=(4, 1)),
     ),
 )  # fmt: skip
 
