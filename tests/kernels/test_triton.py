@@ -34,9 +34,9 @@ def test_on_cpu_it_is_the_path_of_cpus(without_triton):
 
 def test_for_cuda_it_says_what_is_missing(without_triton, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    with pytest.raises(ValueError, match=r"jax-triton = None: expected an installed package; pip install"):
-        with _triton.target(90):
-            jax.jit(lambda: grouped("triton")).trace().lower(lowering_platforms=("cuda",))
+    missing = pytest.raises(ValueError, match=r"jax-triton = None: expected an installed package; pip install")
+    with missing, _triton.target(90):
+        jax.jit(lambda: grouped("triton")).trace().lower(lowering_platforms=("cuda",))
 
 
 GOOD = [("0.10.2", "0.3.1"), ("0.11.2", "0.4.1"), ("0.12.1", "0.5.0")]
