@@ -181,23 +181,36 @@ def sort_assignments(
     Raises:
       ValueError: shapes or dtypes that do not fit.
     """
-    from kernels.gpu.routing import count_kernel, place_kernel
-
     require_shape("indices", indices, (None, None), "[T, K]")
     require(indices.dtype == jnp.int32, "indices.dtype", indices.dtype.name, "int32")
     require(num_experts >= 1, "num_experts", num_experts, "at least 1")
     num_tokens, top_k = indices.shape
-    tokens = block_tokens(num_experts)
-    num_rows, block_rows, blocks = num_tokens * top_k, tokens * top_k, -(-num_tokens // tokens)
-    require(1 <= num_rows < 2**31, "indices.shape", indices.shape, "at least one assignment, at most 2^31 - 1")
+    blocks = -(-num_tokens // block_tokens(num_experts))
+    require(1 <= num_tokens * top_k < 2**31, "indices.shape", indices.shape, "1 to 2^31 - 1 assignments")
     if valid is not None:
         shapes = (num_tokens,), (num_tokens, top_k)
         require(valid.shape in shapes, "valid.shape", valid.shape, f"[T] or [T, K], one of {shapes}")
         _require_mask(valid)
-    strides = (top_k, 1) if valid is not None and valid.ndim == 2 else (1, 0)
+    if block_counts is not None:
+        require_shape("block_counts", block_counts, (blocks, num_experts), f"[G = {blocks}, E = {num_experts}]")
+        require(block_counts.dtype == jnp.int32, "block_counts.dtype", block_counts.dtype.name, "int32")
+    return _sort(indices, valid, block_counts, num_experts)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _sort(indices: Array, valid: Array | None, block_counts: Array | None, num_experts: int) -> SortedRows:
+    return _sorted(indices, valid, block_counts, num_experts)
+
+
+def _sorted(indices: Array, valid: Array | None, block_counts: Array | None, num_experts: int) -> SortedRows:
+    from kernels.gpu.routing import count_kernel, place_kernel
+
+    (num_tokens, top_k), tokens = indices.shape, block_tokens(num_experts)
+    blocks, block_rows = -(-num_tokens // tokens), tokens * top_k
     padded = _power_of_two(block_rows)
+    strides = (top_k, 1) if valid is not None and valid.ndim == 2 else (1, 0)
     constants = {
-        "N": num_rows, "E": num_experts, "K": top_k, "MASKED": valid is not None, "VALID_TOKEN": strides[0],
+        "N": indices.size, "E": num_experts, "K": top_k, "MASKED": valid is not None, "VALID_TOKEN": strides[0],
         "VALID_SLOT": strides[1], "ROWS": block_rows, "RP": padded,
     }  # fmt: skip
     given = indices, _mask(valid)
@@ -207,14 +220,23 @@ def sort_assignments(
             count_kernel, *given, outputs=[shape], grid=(blocks,), num_stages=1, EP=_power_of_two(num_experts),
             **constants,
         )  # fmt: skip
-    require_shape("block_counts", block_counts, (blocks, num_experts), f"[G = {blocks}, E = {num_experts}]")
-    require(block_counts.dtype == jnp.int32, "block_counts.dtype", block_counts.dtype.name, "int32")
     first, counts = _first_places(block_counts, block_rows)
     position, order = _triton.call(
-        place_kernel, *given, first, outputs=[jax.ShapeDtypeStruct((num_rows,), jnp.int32)] * 2, grid=(blocks,),
+        place_kernel, *given, first, outputs=[jax.ShapeDtypeStruct((indices.size,), jnp.int32)] * 2, grid=(blocks,),
         num_stages=1, CHUNK=max(1, min(32, PAIRS // padded)), **constants,
     )  # fmt: skip
     return SortedRows(order, position, counts)
+
+
+def _sort_fwd(indices: Array, valid: Array | None, block_counts: Array | None, num_experts: int):
+    return _sorted(indices, valid, block_counts, num_experts), None
+
+
+def _sort_bwd(num_experts: int, residuals: None, g: SortedRows):
+    return None, None, None  # of integers; `route`'s come with tangents, which a kernel's call refuses
+
+
+_sort.defvjp(_sort_fwd, _sort_bwd)
 
 
 def _first_places(block_counts: Array, block_rows: int) -> tuple[Array, Array]:

@@ -152,6 +152,12 @@ def test_extreme_logits_choose_as_top_k_does(score):
     np.testing.assert_allclose(routed.weights, weights, rtol=0, atol=1e-6)
 
 
+def test_scores_of_zero_are_weights_and_probabilities_of_zero():
+    routed = route(jnp.full((2, 5), -200.0), 3, score="sigmoid")
+    assert_equal(routed.weights, np.zeros((2, 3)))
+    assert_equal(routed.probs, np.zeros((2, 5)))
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_every_expert_is_chosen_once_whatever_its_score(sign):
     """Six experts, padded to eight: neither padding nor what was chosen comes (again) where no score is a number."""
@@ -260,6 +266,29 @@ def test_rows_moved_to_expert_order_and_back_and_their_gradients(size, width, we
         assert (gradients[1] is None) == (not weighted)
         for a, b in zip(gradients, wanted[: 1 + weighted]):
             assert_close(a, b, 10 * tolerance)
+
+
+def test_a_gradient_passes_from_the_output_to_the_logits():
+    """Through all of it: choice, order, copies, weighted sum; against the same by gathers, which sort nothing."""
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(grid(rng, (19, 6), "grid"), jnp.float32)
+    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((19, 5), (6, 5)))
+    valid = jnp.arange(19) % 5 != 0
+
+    def fused(logits, x):
+        routed = route(logits, 2, valid=valid, with_probs=False)
+        rows = sort_assignments(routed.indices, 6, valid=valid, block_counts=routed.block_counts)
+        group = routed.indices.reshape(-1)[rows.order]
+        return jnp.sum(jnp.sin(unpermute(permute(x, rows, 2) * w[group], rows, 2, routed.weights)))
+
+    def reference(logits, x):
+        weights, indices = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), 2)
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True) * valid[:, None]
+        return jnp.sum(jnp.sin(jnp.sum(weights[..., None] * x[:, None] * w[indices], axis=1)))
+
+    got, want = (jax.jit(jax.value_and_grad(each, (0, 1)))(logits, x) for each in (fused, reference))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        assert_close(a, b, 1e-5)
 
 
 LOGITS, INDICES = jnp.zeros((4, 5)), jnp.zeros((4, 2), jnp.int32)
