@@ -9,11 +9,11 @@ from experiments.bench.roofline import PRODUCTS
 from experiments.figures import new_figure, save, styled
 
 LOOKS = {
-    "triton": ("#0072B2", "o"),
-    "blocks": ("#0072B2", "o"),
-    "ragged_dot": ("#D55E00", "s"),
-    "capacity": ("#009E73", "^"),
-    "tokamax": ("#CC79A7", "D"),
+    "triton": ("#0072B2", "o", "triton"),
+    "blocks": ("#0072B2", "o", "blocks"),
+    "ragged_dot": ("#D55E00", "s", "ragged_dot"),
+    "capacity": ("#009E73", "^", "capacity 1.25\n(hollow: drops rows)"),
+    "tokamax": ("#CC79A7", "D", "tokamax"),
 }
 OFFSET = 0.17  # between implementations of one load
 
@@ -27,11 +27,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
     panels = figure.subplots(2, 3, sharex=True, sharey=True).flat
     for ax, operation in zip(panels, PRODUCTS):
         for place, name in enumerate(present):
-            colour, marker = LOOKS[name]
+            colour, marker, words = LOOKS[name]
             of = [row for row in result["rows"] if (row["operation"], row["implementation"]) == (operation, name)]
             at = [lines.index((row["shape"], row["load"])) + OFFSET * (place - (len(present) - 1) / 2) for row in of]
-            label = "capacity 1.25" if name == "capacity" else name
-            ax.plot([row["of_dense"] for row in of], at, marker, color=colour, markersize=8, label=label)
+            ax.plot([row["of_dense"] for row in of], at, marker, color=colour, markersize=8, label=words)
+            hollow = [(row["of_dense"], y) for row, y in zip(of, at) if row["dropped"]]
+            ax.plot([x for x, _ in hollow], [y for _, y in hollow], marker, color="white", markersize=4)
         for y in range(1, len(lines)):
             if lines[y][0] != lines[y - 1][0]:
                 ax.axhline(y - 0.5, color="0.8", linewidth=1)
