@@ -1,4 +1,5 @@
-"""The fused router on GPU: choice, weights, counts and stable expert order in two passes, and moving rows.
+"""The fused router on GPU: choice, weights, counts and stable expert order in two passes, and moving rows. On a CPU the
+same functions are XLA's operations.
 
 What launches the kernels of `kernels.gpu.routing`. The choice is that of the softmax and sigmoid top-k routers (Mixtral
 2401.04088, OLMoE 2409.02060; with a bias for the choice alone, DeepSeek-V3 2412.19437), the order that of
@@ -36,7 +37,7 @@ from jax import Array
 
 from kernels import _triton
 from kernels.checks import require, require_choice, require_shape
-from kernels.grouped_matmul import SortedRows
+from kernels.grouped_matmul import SortedRows, sort_rows
 
 Score = Literal["softmax", "sigmoid"]
 BLOCK_TOKENS = 16  # of one program, at most: 512 programs at T = 8192
@@ -119,6 +120,26 @@ def _route(logits: Array, bias: Array | None, valid: Array | None, options: _Opt
 
 
 def _choose(logits: Array, bias: Array | None, valid: Array | None, options: _Options) -> Routed:
+    ways = (partial(way, options) for way in (_choose_triton, _choose_xla))
+    return _triton.on_gpu(*ways, logits, bias, valid)
+
+
+def _choose_xla(options: _Options, logits: Array, bias: Array | None, valid: Array | None) -> Routed:
+    (num_tokens, num_experts), tokens = logits.shape, block_tokens(logits.shape[1])
+    wide = logits.astype(jnp.float32)
+    scores = jax.nn.sigmoid(wide) if options.score == "sigmoid" else jax.nn.softmax(wide, axis=-1)
+    indices = jax.lax.top_k(scores if bias is None else scores + bias[None], options.top_k)[1].astype(jnp.int32)
+    weights, probs = _weigh(logits, indices, options)
+    taken = jnp.sum(jax.nn.one_hot(indices, num_experts, dtype=jnp.int32), axis=1)
+    if valid is not None:
+        taken = taken * (valid != 0)[:, None]
+    blocks = -(-num_tokens // tokens)
+    taken = jnp.pad(taken, ((0, blocks * tokens - num_tokens), (0, 0)))
+    counts = jnp.sum(taken.reshape(blocks, tokens, num_experts), axis=1)
+    return Routed(indices, weights, probs if options.with_probs else None, counts)
+
+
+def _choose_triton(options: _Options, logits: Array, bias: Array | None, valid: Array | None) -> Routed:
     from kernels.gpu.routing import route_kernel
 
     (num_tokens, num_experts), top_k = logits.shape, options.top_k
@@ -203,6 +224,19 @@ def _sort(indices: Array, valid: Array | None, block_counts: Array | None, num_e
 
 
 def _sorted(indices: Array, valid: Array | None, block_counts: Array | None, num_experts: int) -> SortedRows:
+    ways = (partial(way, num_experts) for way in (_sorted_triton, _sorted_xla))
+    return _triton.on_gpu(*ways, indices, valid, block_counts)
+
+
+def _sorted_xla(num_experts: int, indices: Array, valid: Array | None, block_counts: Array | None) -> SortedRows:
+    del block_counts
+    kept = (indices >= 0) & (indices < num_experts)
+    if valid is not None:
+        kept = kept & (valid != 0).reshape(valid.shape[0], -1)
+    return sort_rows(jnp.where(kept, indices, num_experts).reshape(-1), num_experts)
+
+
+def _sorted_triton(num_experts: int, indices: Array, valid: Array | None, block_counts: Array | None) -> SortedRows:
     from kernels.gpu.routing import count_kernel, place_kernel
 
     (num_tokens, top_k), tokens = indices.shape, block_tokens(num_experts)
@@ -297,6 +331,18 @@ def unpermute(values: Array, rows: SortedRows, top_k: int, weights: Array | None
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _permute(x: Array, scale: Array | None, rows: SortedRows, top_k: int) -> Array:
+    return _triton.on_gpu(partial(_permute_triton, top_k), partial(_permute_xla, top_k), x, scale, rows)
+
+
+def _permute_xla(top_k: int, x: Array, scale: Array | None, rows: SortedRows) -> Array:
+    made = x[rows.order // top_k].astype(jnp.float32)
+    if scale is not None:
+        made = made * scale.astype(jnp.float32)[:, None]
+    kept = jnp.arange(made.shape[0], dtype=jnp.int32) < _kept(rows)
+    return jnp.where(kept[:, None], made, 0.0).astype(x.dtype)
+
+
+def _permute_triton(top_k: int, x: Array, scale: Array | None, rows: SortedRows) -> Array:
     from kernels.gpu.routing import permute_kernel
 
     given = x, rows.order, jnp.zeros((1,), jnp.float32) if scale is None else scale
@@ -306,6 +352,18 @@ def _permute(x: Array, scale: Array | None, rows: SortedRows, top_k: int) -> Arr
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _unpermute(values: Array, weights: Array | None, rows: SortedRows, top_k: int) -> Array:
+    return _triton.on_gpu(partial(_unpermute_triton, top_k), partial(_unpermute_xla, top_k), values, weights, rows)
+
+
+def _unpermute_xla(top_k: int, values: Array, weights: Array | None, rows: SortedRows) -> Array:
+    position = rows.position.reshape(-1, top_k)
+    made = jnp.where((position < _kept(rows))[..., None], values[position].astype(jnp.float32), 0.0)
+    if weights is not None:
+        made = made * weights.astype(jnp.float32)[..., None]
+    return jnp.sum(made, axis=1).astype(values.dtype)
+
+
+def _unpermute_triton(top_k: int, values: Array, weights: Array | None, rows: SortedRows) -> Array:
     from kernels.gpu.routing import unpermute_kernel
 
     num_tokens = rows.position.shape[0] // top_k
