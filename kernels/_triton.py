@@ -38,6 +38,8 @@ def available() -> bool:
 def target(capability: int) -> Iterator[None]:
     """Kernels traced inside are compiled for this compute capability, 80 or 90 say, on a machine without a GPU too.
 
+    A function that `jax.jit` has traced before keeps what it was traced for: give it a new one, or clear its caches.
+
     Raises:
       ValueError: below 80.
     """
@@ -63,7 +65,7 @@ def capability() -> int:
 
 
 def multiprocessors() -> int:
-    """Programs of a persistent kernel: as many as run at once; a few in the interpreter, where they come in turn."""
+    """Of the GPU kernels are compiled for; a few in the interpreter, where programs come one after another."""
     if interpreting():
         return 3
     if _target.get() is None and jax.default_backend() == "gpu":

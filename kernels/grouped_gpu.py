@@ -165,7 +165,7 @@ def swiglu_backward(
 
 def launch(kernel: Any, tile: Tile, *arrays: Array, outputs: list[jax.ShapeDtypeStruct], **constants: Any):
     """A persistent kernel with this tile; products of float32 are exact, not TF32."""
-    programs = _triton.multiprocessors()
+    programs = tile.programs(_triton.multiprocessors())
     return _triton.call(
         kernel, *arrays, outputs=outputs, grid=(programs,), num_warps=tile.warps, num_stages=tile.stages,
         PRECISION="ieee", PROGRAMS=programs, BM=tile.BM, BN=tile.BN, BK=tile.BK, **constants,

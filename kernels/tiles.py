@@ -1,6 +1,6 @@
 """Which tile a Triton kernel takes: a table in `tiles.json`, by kernel, compute capability and rows per group.
 
-Every entry says where it comes from: `measured on CARD`, by `bench kernels --tune`, or `estimated`, which is a guess
+Every entry says where it comes from: `measured on CARD`, by `bench tune-tiles`, or `estimated`, which is a guess
 that compiles without spills. Rows per group come in classes: `few` up to 32, `some` up to 256, `many`.
 """
 
@@ -40,6 +40,10 @@ class Tile:
             require(size >= 16 and size & (size - 1) == 0, name, size, "a power of two, at least 16")
         require_choice("warps", self.warps, (1, 2, 4, 8, 16))
         require(self.stages >= 1, "stages", self.stages, "at least 1")
+
+    def programs(self, multiprocessors: int) -> int:
+        """Of a persistent kernel: eight warps or more on each multiprocessor, so that one's loads hide another's."""
+        return multiprocessors * max(1, 8 // self.warps)
 
 
 WIDE = Tile(32, 32, 32, 4, 2)  # float32, whose products use no tensor cores: for tests, not for speed

@@ -92,7 +92,7 @@ class Configuration:
         """All `tl.constexpr` parameters, as `kernels.grouped_gpu.launch` gives them where there is a tile."""
         constants = dict(self.entry.launches[self.launch])
         if self.tile:
-            tile, programs = self.tile, _triton.MULTIPROCESSORS[self.capability]
+            tile, programs = self.tile, self.tile.programs(_triton.MULTIPROCESSORS[self.capability])
             constants |= {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "PRECISION": "ieee", "PROGRAMS": programs}
         return constants
 

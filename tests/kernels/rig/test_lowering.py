@@ -14,6 +14,7 @@ from kernels import _triton
 from kernels.grouped_ffn import grouped_ffn
 from kernels.grouped_matmul import grouped_matmul
 from kernels.lora import slot_lora
+from kernels.routing_gpu import permute, route, sort_assignments, unpermute
 
 T, K, E, D, F = 64, 2, 4, 64, 32
 
@@ -79,6 +80,21 @@ def test_experts_of_low_rank_are_two_products():
     run = functools.partial(slot_lora, implementation="triton")
     text = lowered(gradients(run, 0, 1, 2), *arrays)
     assert calls(text) == 2 + 4 + 2  # the last two are the forward again, whose results nothing takes: XLA drops them
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_router_is_two_kernels_and_moving_rows_one_each_way(capability):
+    def routed(x, logits):
+        made = route(logits, K, valid=jnp.ones(T, bool))
+        rows = sort_assignments(made.indices, E, valid=jnp.ones(T, bool), block_counts=made.block_counts)
+        return unpermute(permute(x, rows, K), rows, K, made.weights)
+
+    arrays = array(T, D), array(T, E, dtype=jnp.float32)
+    assert calls(lowered(routed, *arrays, capability=capability)) == 4
+    text = lowered(gradients(routed, 0, 1), *arrays, capability=capability)
+    assert calls(text) == 6
+    assert "stablehlo.sort" not in text
+    assert "stablehlo.scatter" not in text
 
 
 def test_on_cpu_the_same_program_has_no_kernel():
