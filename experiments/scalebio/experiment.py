@@ -136,8 +136,8 @@ def cpu() -> Preset:
 
 
 def seeds() -> Preset:
-    """The arms that the weights' claims are of, at ten seeds, the first three of which are those of `cpu`. Made after the
-    result of `cpu` was seen, whose mean tau missed the bound by less than one pair of sources at one seed."""
+    """The arms that the weights' claims are of, at ten seeds, the first three of which are those of `cpu`. Made after
+    the result of `cpu` was seen, whose mean tau missed the bound by less than one pair of sources at one seed."""
     made = arms(small(NOISED), {"uniform": "uniform()", "scalebio": SCALEBIO})
     return Preset(made, 10, (*weight_claims(), *loss_claims(("uniform",))))
 
