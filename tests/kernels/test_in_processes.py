@@ -29,7 +29,7 @@ def test_kernels(file):
     env |= {"PYTHONPATH": os.pathsep.join([str(BESIDE), os.environ.get("PYTHONPATH", "")])}
     if file.startswith("interpreted"):
         env["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / file)]
     done = subprocess.run(command, cwd=HERE.parents[1], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout, done.stdout
