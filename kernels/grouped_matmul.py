@@ -19,6 +19,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.core import Tracer
+from jax.experimental import checkify
 
 from kernels import _triton
 from kernels.checks import require, require_choice, require_integer, require_shape
@@ -235,6 +237,15 @@ def _triton_matmul_bwd(residuals: tuple[Array, Array, Array], g_MN: Array):
 _triton_matmul.defvjp(_triton_matmul_fwd, _triton_matmul_bwd)
 
 
+def _check_sizes(group_sizes: Array, num_rows: int) -> None:
+    expected = f"none negative, sum at most M = {num_rows}"
+    fits = jnp.all(group_sizes >= 0) & (jnp.sum(group_sizes) <= num_rows)
+    if isinstance(fits, Tracer):
+        checkify.debug_check(fits, "group_sizes = {sizes}: expected " + expected, sizes=group_sizes)
+    else:
+        require(bool(fits), "group_sizes", group_sizes.tolist(), expected)
+
+
 def grouped_matmul(
     x: Array,
     w: Array,
@@ -249,7 +260,8 @@ def grouped_matmul(
       x: [M, K] rows, the first group_sizes[0] of group 0, and so on; rows past sum(group_sizes) give zeros and
         get zero gradient.
       w: [E, K, N].
-      group_sizes: [E] int, none negative, sum at most M (data: not checked).
+      group_sizes: [E] int, none negative, sum at most M. Checked where they can be read; within jit by
+        `jax.experimental.checkify`, if the caller has it on, and else not.
       implementation: `blocks` (the CPU path), `ragged_dot` (XLA's, on GPU), `triton` (our kernels on GPU, `blocks` on
         CPU) or `reference` (one-hot einsum).
       block_size: rows of one block of `blocks`.
@@ -266,6 +278,7 @@ def grouped_matmul(
     require_shape("group_sizes", group_sizes, (w.shape[0],), f"[E = {w.shape[0]}]")
     require_integer("group_sizes", group_sizes)
     require(block_size >= 1, "block_size", block_size, "at least 1")
+    _check_sizes(group_sizes, x.shape[0])
     if implementation == "reference":
         return _reference(x, w, group_sizes)
     if implementation == "ragged_dot":

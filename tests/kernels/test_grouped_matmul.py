@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 
 from kernels.grouped_matmul import choose_blocks, grouped_matmul, sort_rows, walk_groups
 
@@ -119,3 +120,18 @@ def test_bad_input_names_field_and_value(change, message):
     good = {"x": jnp.zeros((M, K)), "w": jnp.zeros((E, K, N)), "group_sizes": jnp.zeros((E,), jnp.int32)}
     with pytest.raises(ValueError, match=message):
         grouped_matmul(**(good | change))
+
+
+@pytest.mark.parametrize("sizes", [[-1, 3] + [0] * (E - 2), [M, 1] + [0] * (E - 2)])
+def test_bad_sizes_are_named_where_they_can_be_read_and_by_checkify_within_jit(sizes):
+    x, w, sizes = jnp.ones((M, K)), jnp.ones((E, K, N)), jnp.array(sizes, jnp.int32)
+    message = rf"group_sizes = \[.*\]: expected none negative, sum at most M = {M}"
+    with pytest.raises(ValueError, match=message):
+        grouped_matmul(x, w, sizes)
+    run = jax.jit(jax.grad(lambda x, sizes: grouped_matmul(x, w, sizes).sum()))
+    run(x, sizes)  # silent, as it costs a reduction and a branch
+    error, _ = jax.jit(checkify.checkify(run))(x, sizes)
+    with pytest.raises(checkify.JaxRuntimeError, match=message):
+        error.throw()
+    error, _ = jax.jit(checkify.checkify(run))(x, jnp.zeros_like(sizes))
+    error.throw()
