@@ -14,8 +14,8 @@ Result:    cpu, three seeds: 0.995 of the weight is the clean source's at every 
            1.631. But uniform weights with the search's budget as further steps are 0.036 better (does not hold): with
            clean text among what is read, 900 passes more are worth more than the search.
            seeds, ten of them: 0.996 of the weight (holds), tau 0.73 (inconclusive, 0.8 claimed). The order is always
-           clean, 30%, then 60% and 90%, which are some 0.0010 each: at eight seeds the last two are the wrong way round,
-           by 0.0001 or less. Text of which most is noise teaches the same little.
+           clean, 30%, then 60% and 90%, which are some 0.0010 each: at eight seeds the last two are the wrong way
+           round, by 0.0001 or less. Text of which most is noise teaches the same little.
            cpu-long, three seeds: with LISA 0.990 of the weight is the clean source's and tau is 1 at every seed (hold),
            though at two of them the last two differ in the fifth digit.
            The released form ends where the paper's does, noise of uniform bytes too (tau 0.78); SOBA finds another
