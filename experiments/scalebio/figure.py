@@ -18,21 +18,25 @@ SCORES = {
 
 @styled
 def draw(content: dict[str, Any], path: Path) -> None:
-    """`content` is result.json. With fresh models: the first searching arm's weights over its steps, every seed a line;
-    the weights of all arms; test loss, every seed a dot. Without (quadratics): the validation loss over steps."""
+    """`content` is result.json. With fresh models: the first searching arm's weights over its steps, every seed a line,
+    where they are known; the weights of all arms; test loss, every seed a dot. Without (quadratics): the validation
+    loss over steps."""
     arms, series = content["arms"], content["series"]
     score = next((name for name in SCORES if any(name in of for of in arms.values())), "")
     if not score:
         return losses(series, path)
-    fig = new_figure(16, 6)
-    axes: Any = fig.subplots(1, 3, width_ratios=[1, 1.1, 1])
-    searched = [name for name, runs in series.items() if runs[0]["path"]] or list(series)
-    shown = "scalebio" if "scalebio" in searched else searched[0]
+    searched = [name for name, runs in series.items() if runs[0]["path"]]
+    shown = "scalebio" if "scalebio" in searched else next(iter(searched or series))
     domains = series[shown][0]["domains"]
     colours = [plt.get_cmap("viridis")(x) for x in np.linspace(0.0, 0.9, len(domains))]
-    paths(axes[0], shown, series[shown], colours)
-    ends(axes[1], series, domains, colours)
-    fresh(axes[2], arms, score)
+    fig = new_figure(16 if searched else 11, 6)
+    axes: Any = fig.subplots(1, 3 if searched else 2, width_ratios=[1, 1.1, 1] if searched else [1.1, 1])
+    ends(axes[-2], series, domains, colours)
+    if searched:
+        paths(axes[0], shown, series[shown], colours)
+    else:
+        axes[-2].legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=11)
+    fresh(axes[-1], arms, score)
     save(fig, path)
     return None
 
@@ -40,14 +44,12 @@ def draw(content: dict[str, Any], path: Path) -> None:
 def paths(ax: Any, arm: str, runs: list[dict[str, Any]], colours: list[Any]) -> None:
     for seed, run in enumerate(runs):
         for k, name in enumerate(run["domains"]):
-            if run["path"]:
-                label = name if seed == 0 else None
-                ax.plot(run["path_steps"], np.array(run["path"])[:, k], color=colours[k], label=label, linewidth=1.5)
+            label = name if seed == 0 else None
+            ax.plot(run["path_steps"], np.array(run["path"])[:, k], color=colours[k], label=label, linewidth=1.5)
     ax.set_ylim(0, 1)
     ax.set_xlabel(f"steps of the search ({arm})")
     ax.set_ylabel("weight of a source; every line a seed")
-    if runs[0]["path"]:
-        ax.legend()
+    ax.legend()
 
 
 def ends(ax: Any, series: dict[str, Any], domains: list[str], colours: list[Any]) -> None:
@@ -56,8 +58,8 @@ def ends(ax: Any, series: dict[str, Any], domains: list[str], colours: list[Any]
     rows = np.arange(len(names))[::-1]
     mean = np.array([np.mean([run["weights"] for run in series[name]], axis=0) for name in names])
     left = np.zeros(len(names))
-    for k in range(len(domains)):
-        ax.barh(rows, mean[:, k], left=left, color=colours[k], height=0.7)
+    for k, name in enumerate(domains):
+        ax.barh(rows, mean[:, k], left=left, color=colours[k], height=0.7, label=name)
         left += mean[:, k]
     ax.set_yticks(rows, names)
     ax.set_xlim(0, 1)
