@@ -105,7 +105,12 @@ def on_gpu(gpu: Callable[..., Any], cpu: Callable[..., Any], *args: Any) -> Any:
         return gpu(*args)
     if not available() and jax.default_backend() == "cpu":
         return jax.lax.platform_dependent(*args, cpu=cpu)
-    return jax.lax.platform_dependent(*args, cpu=cpu, cuda=gpu)
+
+    def checked(*args: Any) -> Any:
+        require_versions(jax.__version__, installed("jax-triton"))  # before a module of kernels is imported
+        return gpu(*args)
+
+    return jax.lax.platform_dependent(*args, cpu=cpu, cuda=checked)
 
 
 def call(
