@@ -48,13 +48,13 @@ def tiles(counts: Array, num_rows: int, rows_of_tile: int) -> Tiles:
 
 
 def products(
-    x: Array, w: Array, counts: Array, num_rows: int, *, transposed: bool = False, source: Array | None = None,
-    target: Array | None = None, scale: Array | None = None, num_targets: int = 0,
+    x: Array, w: Array, counts: Array, num_rows: int, *, transposed: bool = False, target: Array | None = None,
+    scale: Array | None = None, num_targets: int = 0,
 ) -> Array:  # fmt: skip
-    """out[target[n]] = scale[n] x[source[n]] w[e], e the group of sorted row n; what no row goes to is undefined.
+    """out[target[n]] = scale[n] x[n] w[e], e the group of sorted row n; what no row goes to is undefined.
 
     Args:
-      x: [., K], of which `source` [N] int32 are the rows; without, the first N.
+      x: [N, K], sorted.
       w: [E, K, C], or [E, C, K] if `transposed`.
       counts: [E] int.
       num_rows: N.
@@ -66,14 +66,13 @@ def products(
     (num_groups, *sides), inner = w.shape, x.shape[1]
     columns = sides[0] if transposed else sides[1]
     tile = tile_for("rows_kernel", x.dtype, num_rows // num_groups)
-    none = jnp.zeros((1,), jnp.int32)
     (out,) = launch(
-        rows_kernel, tile, x, w, none if source is None else source, none if target is None else target,
+        rows_kernel, tile, x, w, jnp.zeros((1,), jnp.int32) if target is None else target,
         jnp.zeros((1,), jnp.float32) if scale is None else scale, *tiles(counts, num_rows, tile.BM),
         outputs=[jax.ShapeDtypeStruct((num_targets if target is not None else num_rows, columns), x.dtype)],
         K=inner, C=columns, W_GROUP=inner * columns,
         W_ROW=1 if transposed else columns, W_COLUMN=inner if transposed else 1,
-        GATHER=source is not None, SCATTER=target is not None, SCALED=scale is not None,
+        SCATTER=target is not None, SCALED=scale is not None,
     )  # fmt: skip
     return out
 

@@ -28,12 +28,12 @@ def _sigmoid(x):
 
 @triton.jit
 def rows_kernel(
-    x, w, source, target, scale, tile_group, tile_first, tile_stop, num_tiles, out,
+    x, w, target, scale, tile_group, tile_first, tile_stop, num_tiles, out,
     K: tl.constexpr, C: tl.constexpr, W_GROUP: tl.constexpr, W_ROW: tl.constexpr, W_COLUMN: tl.constexpr,
-    GATHER: tl.constexpr, SCATTER: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    SCATTER: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """out[target[n]] = scale[n] x[source[n]] w[group of n], [., K] [E, K, C] -> [., C]; w by strides, so w^T too."""
+    """out[target[n]] = scale[n] x[n] w[group of n], [N, K] [E, K, C] -> [., C]; w by strides, so w^T too."""
     columns_of = tl.cdiv(C, BN)
     total = tl.load(num_tiles) * columns_of
     for tile in range(tl.program_id(0), total, PROGRAMS):
@@ -43,7 +43,7 @@ def rows_kernel(
         inside = row < tl.load(tile_stop + m)
         column = (tile % columns_of) * BN + tl.arange(0, BN)
         k = tl.arange(0, BK)
-        x_at = x + _rows(source, row, inside, GATHER)[:, None] * K + k[None, :]
+        x_at = x + row.to(tl.int64)[:, None] * K + k[None, :]
         w_at = w + group * W_GROUP + k[:, None] * W_ROW + column[None, :] * W_COLUMN
         total_MN = tl.zeros((BM, BN), tl.float32)
         for k0 in range(0, K, BK):

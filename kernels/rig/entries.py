@@ -107,7 +107,7 @@ def rows_launch(
     """Of `products`, [N, inner] times [E, inner, columns], or [E, columns, inner] if `transposed`."""
     return frozen(
         K=inner, C=columns, W_GROUP=inner * columns, W_ROW=1 if transposed else columns,
-        W_COLUMN=inner if transposed else 1, GATHER=False, SCATTER=scatter, SCALED=scaled,
+        W_COLUMN=inner if transposed else 1, SCATTER=scatter, SCALED=scaled,
     )  # fmt: skip
 
 
@@ -126,7 +126,7 @@ TILES = {name: "i32" for name in ("tile_group", "tile_first", "tile_stop", "num_
 ENTRIES = (
     Entry(
         "rows_kernel", "grouped",
-        frozen(x="data", w="data", source="i32", target="i32", scale="fp32", **TILES, out="data"),
+        frozen(x="data", w="data", target="i32", scale="fp32", **TILES, out="data"),
         frozen(
             down=rows_launch(F, D, scatter=True, scaled=True),
             d_x=rows_launch(2 * F, D, transposed=True, scatter=True),
