@@ -152,17 +152,18 @@ def bench_train_step(json: Path, peer_python: Path | None = None, against: str |
     main(json, peer_python, against, rounds)
 
 
-def bench_moe_layer(json: Path, rounds: int = 15) -> None:
-    """Time the dropless MoE layer against a dense FFN of equal active FLOPs.
+def bench_moe_layer(json: Path, rounds: int = 15, against: str | None = None) -> None:
+    """Time the dropless MoE layer against a dense FFN of equal active FLOPs, and against another commit's layer.
 
     Args:
       json: result file.
       rounds: interleaved rounds; medians are reported.
+      against: a git revision to time beside this tree.
     """
     start(None)
     from experiments.bench.moe_layer import main
 
-    main(json, rounds)
+    main(json, rounds, against)
 
 
 def bench_routing_metrics(json: Path, pairs: int = 60) -> None:

@@ -26,7 +26,7 @@ from experiments.provenance import provenance
 from moe.config import require
 
 WORKER = "experiments.bench.generate_worker"
-PEER = Path(__file__).with_name("peer_generate.py")
+PEER = Path(__file__).with_name("peers") / "generate.py"
 
 
 def main(

@@ -120,6 +120,23 @@ class Worker:
         self._errors.close()
 
 
+def worker_of_tree(name: str, arguments: Sequence[str], source: Path) -> tuple[Worker, dict[str, Any]]:
+    """Starts this Python in a source tree with that tree's modules; the worker and its announcement.
+
+    Args:
+      arguments: of the interpreter; the program announces the tree it imported as `source`.
+
+    Raises:
+      WorkerError: it imported another tree.
+    """
+    worker = Worker(name, [sys.executable, *arguments], cwd=source, env=os.environ | {"PYTHONPATH": str(source)})
+    hello = worker.hello()
+    if Path(hello.pop("source")) != source.resolve():
+        worker.close()
+        raise WorkerError(f"worker {name} imported another source tree than its own")
+    return worker, hello
+
+
 @contextmanager
 def closing_all(workers: Mapping[str, Worker]) -> Iterator[None]:
     """Ends every worker in the mapping at the end, whatever happened; it may grow inside the block."""

@@ -6,8 +6,6 @@ Ratios are medians of per-round ratios.
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -19,7 +17,7 @@ from rich.console import Console
 
 from experiments.bench import report
 from experiments.bench.peak import SQUARES
-from experiments.bench.protocol import Worker, WorkerError, check_peer, closing_all, interleave
+from experiments.bench.protocol import Worker, check_peer, closing_all, interleave, worker_of_tree
 from experiments.bench.shape import StepShape
 from experiments.bench.worktree import ROOT, resolve_revision, worktree
 from experiments.output import write_json
@@ -27,7 +25,7 @@ from experiments.provenance import provenance
 from moe.config import require
 
 WORKER = "experiments/bench/train_worker.py"
-PEER = Path(__file__).with_name("peer_olmoe.py")
+PEER = Path(__file__).with_name("peers") / "olmoe.py"
 
 
 def main(
@@ -87,11 +85,7 @@ def start_all(
 
     def ours(name: str, source: Path) -> dict[str, Any]:
         module = ["-m", "experiments.bench.train_worker", shape.to_json(), str(list(squares))]
-        env = os.environ | {"PYTHONPATH": str(source)}
-        workers[name] = Worker(name, [sys.executable, *module], cwd=source, env=env)
-        hello = workers[name].hello()
-        if Path(hello.pop("source")) != source.resolve():
-            raise WorkerError(f"worker {name} imported another source tree than its own")
+        workers[name], hello = worker_of_tree(name, module, source)
         return hello | {"warm": workers[name].ask("warm")}
 
     yield "ours", ours("ours", ROOT)

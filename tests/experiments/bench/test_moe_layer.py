@@ -31,11 +31,22 @@ def test_whole_command(tmp_path: Path) -> None:
     assert loads(out.read_text()) == result
     assert list(result["layers"]) == ["8", "4"]
     row = result["layers"]["8"]
-    assert row["ratio"] == pytest.approx(float(np.median(np.divide(row["moe_samples"], row["dense_samples"]))))
+    assert row["ratio"] == pytest.approx(float(np.median(np.divide(row["samples"]["moe"], row["samples"]["dense"]))))
     tokens, experts = 16, 2 * 3 * 8 * 6
     assert row["floor_ms"] == pytest.approx(1e3 * 6 * tokens * (experts + 8 * 4) / result["peak"]["flops_per_second"])
     assert 0 <= row["padding_share"] < 1
+    assert row["speed_against"] is None
     assert "MoE / dense" in console.export_text()
+
+
+@pytest.mark.slow
+def test_another_revisions_layer_joins(tmp_path: Path) -> None:
+    result = moe_layer.main(tmp_path / "a.json", 3, "HEAD", shape=TINY, tokens_per_expert=(8,), squares=(16,))
+    samples = result["layers"]["8"]["samples"]
+    assert all(len(samples[name]) == 3 and min(samples[name]) > 0 for name in ("moe", "dense", "against"))
+    ratio = float(np.median(np.divide(samples["against"], samples["moe"])))
+    assert result["layers"]["8"]["speed_against"] == pytest.approx(ratio)
+    assert result["against"]["revision"] == "HEAD"
 
 
 def test_the_dense_layer_has_equal_active_flops() -> None:
@@ -49,3 +60,5 @@ def test_bad_arguments(tmp_path: Path) -> None:
         moe_layer.main(tmp_path / "result.json", 0)
     with pytest.raises(ValueError, match="json = "):
         moe_layer.main(tmp_path / "missing" / "result.json")
+    with pytest.raises(ValueError, match="against = 'no-such': expected a revision"):
+        moe_layer.main(tmp_path / "result.json", against="no-such")

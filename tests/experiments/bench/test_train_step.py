@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from experiments.bench import train_step
+from experiments.bench import protocol, train_step
 from experiments.bench.protocol import Worker, WorkerError
 from experiments.bench.shape import StepShape
 
@@ -75,7 +75,7 @@ def refuse_to_start(*args: object, **options: object) -> None:
 def test_bad_arguments(
     arguments: dict, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_step, "Worker", refuse_to_start)
+    monkeypatch.setattr(protocol, "Worker", refuse_to_start)
     paths = {name: tmp_path / value for name, value in arguments.items() if name in ("json", "peer_python")}
     with pytest.raises(ValueError, match=message):
         train_step.main(**{"json": tmp_path / "result.json", **arguments, **paths})
@@ -86,7 +86,7 @@ def test_an_interpreter_without_torch_is_refused(tmp_path: Path, monkeypatch: py
     bare = tmp_path / "python"
     bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
     bare.chmod(0o755)
-    monkeypatch.setattr(train_step, "Worker", refuse_to_start)
+    monkeypatch.setattr(protocol, "Worker", refuse_to_start)
     with pytest.raises(ValueError, match="expected an interpreter that has torch and transformers"):
         train_step.main(tmp_path / "result.json", bare)
 
@@ -111,7 +111,7 @@ class Interrupted(Worker):
 
 
 def test_ctrl_c_writes_nothing_and_ends_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_step, "Worker", Interrupted)
+    monkeypatch.setattr(protocol, "Worker", Interrupted)
     Interrupted.started.clear()
     with pytest.raises(KeyboardInterrupt):
         train_step.main(tmp_path / "result.json", rounds=1, shape=TINY)
@@ -120,7 +120,7 @@ def test_ctrl_c_writes_nothing_and_ends_the_workers(tmp_path: Path, monkeypatch:
 
 
 def test_a_worker_of_another_tree_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_step, "Worker", Interrupted)
+    monkeypatch.setattr(protocol, "Worker", Interrupted)
     monkeypatch.setattr(Interrupted, "hello", lambda self: {"source": str(tmp_path)})
     with pytest.raises(WorkerError, match="imported another source tree"):
         train_step.main(tmp_path / "result.json", rounds=1, shape=TINY)
