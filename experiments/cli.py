@@ -15,7 +15,9 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
-ROOT = Path(__file__).parents[1]
+from experiments.bench import commands as bench
+from experiments.start import start
+
 Settings = Annotated[UseAppendAction[tuple[str, ...]], arg(name="set", metavar="FIELD=VALUE")]
 Loggers = Annotated[UseAppendAction[tuple[Literal["tensorboard", "wandb", "trackio"], ...]], arg(name="log")]
 
@@ -136,146 +138,6 @@ def report(check: bool = False) -> None:
     from experiments.report import write
 
     write(check=check)
-
-
-def bench_train_step(json: Path, peer_python: Path | None = None, against: str | None = None, rounds: int = 9) -> None:
-    """Time the training step against the machine's matmul peak, a peer and another commit, interleaved.
-
-    Args:
-      json: result file.
-      peer_python: interpreter with torch and transformers, to time Hugging Face's OLMoE of the same shape beside ours.
-      against: a git revision to time beside this tree.
-      rounds: interleaved rounds; medians are reported.
-    """
-    from experiments.bench.train_step import main
-
-    main(json, peer_python, against, rounds)
-
-
-def bench_moe_layer(json: Path, rounds: int = 15, against: str | None = None) -> None:
-    """Time the dropless MoE layer against a dense FFN of equal active FLOPs, and against another commit's layer.
-
-    Args:
-      json: result file.
-      rounds: interleaved rounds; medians are reported.
-      against: a git revision to time beside this tree.
-    """
-    start(None)
-    from experiments.bench.moe_layer import main
-
-    main(json, rounds, against)
-
-
-def bench_routing_metrics(json: Path, pairs: int = 60) -> None:
-    """Time the training step with its routing metrics against the same step without them.
-
-    Args:
-      json: result file.
-      pairs: interleaved pairs of steps, at least 50; the median ratio and its 95% interval are reported.
-    """
-    start(None)
-    from experiments.bench.routing_metrics import main
-
-    main(json, pairs)
-
-
-def bench_optimizers(json: Path, rounds: int = 12) -> None:
-    """Bytes of state of every optimiser beside their closed forms, and the time of a train step beside AdamW's.
-
-    Args:
-      json: result file.
-      rounds: interleaved windows of five steps, one of them a refresh; median ratios with 95% intervals are reported.
-    """
-    start(None)
-    from experiments.bench.optimizers import main
-
-    main(json, rounds)
-
-
-def bench_bilevel(json: Path, rounds: int = 20) -> None:
-    """Time a step of ScaleBiO beside plain fine-tuning; the bytes of its two models and their moments.
-
-    Args:
-      json: result file.
-      rounds: interleaved rounds; medians are reported, of ratios with 95% intervals.
-    """
-    start(None)
-    from experiments.bench.bilevel import main
-
-    main(json, rounds)
-
-
-def bench_lora_experts(json: Path, rounds: int = 30) -> None:
-    """Time MixLoRA's feed-forward against its naive form and plain LoRA; the bytes of several adapters of one base.
-
-    Args:
-      json: result file.
-      rounds: interleaved rounds; medians are reported, of ratios with 95% intervals.
-    """
-    start(None)
-    from experiments.bench.lora_experts import main
-
-    main(json, rounds)
-
-
-def bench_kernel_gates(json: Path) -> None:
-    """Compile every Triton kernel for A100 and H100, which need not be here; fails where one spills or does not fit.
-
-    Args:
-      json: result file.
-    """
-    start(None)
-    from experiments.bench.kernel_gates import main
-
-    main(json)
-
-
-def bench_kernels(json: Path, device: Literal["cpu", "gpu"] | None = None) -> None:
-    """Time grouped products and the expert FFN against one dense product, ragged_dot and capacity; a figure beside.
-
-    Args:
-      json: result file; the figure has its name with .png.
-      device: by default what JAX has.
-    """
-    start(None)
-    from experiments.bench.kernels import main
-
-    main(json, device)
-
-
-def bench_tune_tiles(out: Path) -> None:
-    """Time tiles of every grouped kernel on the GPU here, and write kernels/tiles.json anew with the fastest.
-
-    Args:
-      out: the new table; entries for other GPUs stay as they are.
-    """
-    start(None)
-    from experiments.bench.tune_tiles import main
-
-    main(out)
-
-
-def bench_generate(
-    json: Path,
-    peer_python: Path | None = None,
-    model: str = "smollm2",
-    prompt_tokens: int = 64,
-    new_tokens: int = 64,
-    rounds: int = 7,
-) -> None:
-    """Time greedy decoding against PyTorch on the same weights and against the memory it must read, interleaved.
-
-    Args:
-      json: result file.
-      peer_python: interpreter with torch and transformers, to generate from the same weights beside ours.
-      model: smollm2, or a directory of `convert` or of Hugging Face's form.
-      prompt_tokens: length of the random prompt.
-      new_tokens: tokens of one generation.
-      rounds: interleaved generations; medians are reported.
-    """
-    from experiments.bench.generate import main
-
-    main(json, peer_python, model, prompt_tokens, new_tokens, rounds)
 
 
 def convert(
@@ -457,16 +319,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "run": run_experiment,
     "train": train,
     "report": report,
-    "bench train-step": bench_train_step,
-    "bench moe-layer": bench_moe_layer,
-    "bench routing-metrics": bench_routing_metrics,
-    "bench optimizers": bench_optimizers,
-    "bench lora-experts": bench_lora_experts,
-    "bench bilevel": bench_bilevel,
-    "bench generate": bench_generate,
-    "bench kernels": bench_kernels,
-    "bench tune-tiles": bench_tune_tiles,
-    "bench kernel-gates": bench_kernel_gates,
+    **bench.COMMANDS,
     "convert": convert,
     "logits": logits,
     "generate": generate,
@@ -477,24 +330,6 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "data build": data_build,
     "check-cluster": check_cluster,
 }
-
-
-def start(devices: int | None) -> None:
-    """The compile cache, simulated devices if asked for, and the other processes if there are any."""
-    import jax
-
-    # Told, not put into the environment, which JAX has read by now.
-    if (ROOT / "pyproject.toml").exists() and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    from parallel.startup import initialize, simulate_devices
-
-    try:
-        if devices is not None:
-            simulate_devices(devices)
-        initialize()
-    except RuntimeError as error:  # a process that is missing or twice there: as plain as bad input
-        raise ValueError(str(error)) from error
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -22,5 +22,11 @@ def require_integer(field: str, array: Array) -> None:
     require(jnp.issubdtype(array.dtype, jnp.integer), f"{field}.dtype", array.dtype.name, "an integer type")
 
 
+def require_float(field: str, array: Array) -> None:
+    """Narrow types are for kernels that know their scales: a product would widen or saturate them in silence."""
+    ok = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize >= 2
+    require(ok, f"{field}.dtype", array.dtype.name, "a float type of at least 16 bits")
+
+
 def require_choice(field: str, value: object, choices: tuple[object, ...]) -> None:
     require(value in choices, field, value, "one of " + ", ".join(map(repr, choices)))

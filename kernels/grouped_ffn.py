@@ -16,8 +16,9 @@ are never kept: SonicMoE, arXiv 2512.14080.)
 Assignments are sorted by expert once. Dispatch gathers rows of x; combine gathers rows of the expert outputs; both
 transposes are again gathers, through the inverse permutation: sums have a fixed order and results are reproducible.
 What a backward needs beyond the inputs is the pre-activations H [N, F], biases added, in sorted order, on CPU and GPU
-alike. With `triton` dispatch and combine are the loads and stores of the products themselves: no sorted copy of x, of
-the outputs or of their gradients is made (kernels/grouped_gpu.py).
+alike. With `triton` assignments are sorted by counting (kernels/routing_gpu.py), and dispatch and combine are the loads
+and stores of the products themselves: no sorted copy of x, of the outputs or of their gradients is made
+(kernels/grouped_gpu.py).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from kernels import _triton
-from kernels.checks import require, require_choice, require_integer, require_shape
+from kernels.checks import require, require_choice, require_float, require_integer, require_shape
 from kernels.grouped_gpu import swiglu_backward, swiglu_forward
 from kernels.grouped_matmul import (
     Arrays,
@@ -45,6 +46,7 @@ from kernels.grouped_matmul import (
     window,
 )
 from kernels.products import dot_lt, dot_rt, wide
+from kernels.routing_gpu import sort_assignments
 
 Implementation = Literal["auto", "blocks", "ragged_dot", "triton", "reference"]
 ScaleOn = Literal["output", "input"]
@@ -91,9 +93,12 @@ def automatic_block_sizes(num_assignments: int, num_experts: int) -> tuple[int, 
     return tuple(unit * i for i in range(1, min(12, max(1, -(-num_assignments // unit))) + 1))
 
 
-def _sort(indices: Array, weights: Array, valid: Array, num_experts: int, block_size: int) -> _Sorted:
-    expert_ids = jnp.where(valid, indices, num_experts).reshape(-1)
-    rows = sort_rows(expert_ids, num_experts)
+def _sort(options: _Options, indices: Array, weights: Array, valid: Array, num_experts: int) -> _Sorted:
+    block_size = options.sizes[-1]
+    if options.implementation == "triton":
+        rows = sort_assignments(indices.astype(jnp.int32), num_experts, valid=valid)
+    else:
+        rows = sort_rows(jnp.where(valid, indices, num_experts).reshape(-1), num_experts)
     # Dropped assignments point at the first row: a window's tail must never read what nobody vouches for.
     inside = jnp.arange(rows.order.shape[0], dtype=jnp.int32) < jnp.sum(rows.counts)
     order = jnp.pad(jnp.where(inside, rows.order, rows.order[0]), (0, block_size), mode="edge")
@@ -369,7 +374,7 @@ def _grouped(options: _Options, x: Array, indices: Array, weights: Array, valid:
 
 
 def _grouped_fwd(options: _Options, x: Array, indices: Array, weights: Array, valid: Array, experts: _Experts):
-    s = _sort(indices, weights, valid, experts.gate_up.shape[0], options.sizes[-1])
+    s = _sort(options, indices, weights, valid, experts.gate_up.shape[0])
     compute = jax.tree.map(lambda a: a.astype(x.dtype), experts)
     out, h = _choose(_FORWARD, options, weights, valid, x, s, compute)
     return out, (x, weights, valid, experts, s, h)
@@ -469,6 +474,8 @@ def _check(x: Array, indices: Array, weights: Array, valid: Array, experts: _Exp
     require_shape("weights", weights, indices.shape, pair)
     require_shape("valid", valid, indices.shape, pair)
     require(valid.dtype == jnp.bool_, "valid.dtype", valid.dtype.name, "bool")
+    for name, array in (("x", x), ("gate_up", experts.gate_up), ("down", experts.down)):
+        require_float(name, array)
     require_shape("gate_up", experts.gate_up, (None, d, None), f"[E, d = {d}, {'2f' if gated else 'f'}]")
     num_experts, _, width = experts.gate_up.shape
     if gated:

@@ -23,7 +23,7 @@ from jax.core import Tracer
 from jax.experimental import checkify
 
 from kernels import _triton
-from kernels.checks import require, require_choice, require_integer, require_shape
+from kernels.checks import require, require_choice, require_float, require_integer, require_shape
 from kernels.products import dot_lt, dot_rt, wide
 
 Implementation = Literal["blocks", "reference", "ragged_dot", "triton"]
@@ -275,6 +275,8 @@ def grouped_matmul(
     require_choice("implementation", implementation, get_args(Implementation))
     require_shape("x", x, (None, None), "[M, K]")
     require_shape("w", w, (None, x.shape[1], None), f"[E, K = {x.shape[1]}, N]")
+    require_float("x", x)
+    require_float("w", w)
     require_shape("group_sizes", group_sizes, (w.shape[0],), f"[E = {w.shape[0]}]")
     require_integer("group_sizes", group_sizes)
     require(block_size >= 1, "block_size", block_size, "at least 1")

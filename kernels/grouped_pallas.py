@@ -16,7 +16,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from kernels.checks import require, require_integer, require_shape
+from kernels.checks import require, require_float, require_integer, require_shape
 from kernels.grouped_gpu import tiles
 
 
@@ -51,6 +51,8 @@ def grouped_matmul_pallas(
     """
     require_shape("x", x, (None, None), "[M, K]")
     require_shape("w", w, (None, x.shape[1], None), f"[E, K = {x.shape[1]}, N]")
+    require_float("x", x)
+    require_float("w", w)
     require_shape("group_sizes", group_sizes, (w.shape[0],), f"[E = {w.shape[0]}]")
     require_integer("group_sizes", group_sizes)
     (num_rows, inner), (num_groups, _, columns) = x.shape, w.shape

@@ -14,8 +14,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
+from kernels.routing_gpu import route
 from moe.config import MoEConfig, require
+from parallel.mesh import AXES, on_shards
 
 ScaleOn = Literal["output", "input"]
 
@@ -155,6 +158,19 @@ def at_least_float32(logits: Array) -> Array:
 def top_k_indices(scores: Array, k: int) -> Array:
     """[T, E] -> [T, k] int32, ties to the lowest index first."""
     return jax.lax.top_k(jax.lax.stop_gradient(scores), k)[1].astype(jnp.int32)
+
+
+def fused_top_k(logits: Array, top_k: int, **options: Any) -> tuple[Array, Array, Array | None]:
+    """Indices and weights [T, K] and probabilities [T, E] by the fused router, one kernel on a GPU, each device for its
+    own tokens. Options, meaning and errors are those of `kernels.routing_gpu.route`."""
+    tokens = P(AXES, None)
+
+    def on_shard(logits: Array, bias: Array | None) -> tuple[Array, Array, Array | None]:
+        made = route(logits, top_k, bias=bias, **options)
+        return made.indices, made.weights, made.probs
+
+    bias = options.pop("bias", None)
+    return on_shards(on_shard, (tokens, P()), tokens)(logits, bias)
 
 
 def token_choice(

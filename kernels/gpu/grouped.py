@@ -22,6 +22,13 @@ def _rows(index, row, inside, INDEXED: tl.constexpr):
 
 
 @triton.jit
+def _tile(tile_group, tile_first, tile_stop, m, BM: tl.constexpr):
+    """Of tile m: its group, int64, the sorted rows and which of them are its own."""
+    row = tl.load(tile_first + m) + tl.arange(0, BM)
+    return tl.load(tile_group + m).to(tl.int64), row, row < tl.load(tile_stop + m)
+
+
+@triton.jit
 def _sigmoid(x):
     return 1 / (1 + tl.exp(-x))
 
@@ -38,9 +45,7 @@ def rows_kernel(
     total = tl.load(num_tiles) * columns_of
     for tile in range(tl.program_id(0), total, PROGRAMS):
         m = tile // columns_of
-        group = tl.load(tile_group + m).to(tl.int64)
-        row = tl.load(tile_first + m) + tl.arange(0, BM)
-        inside = row < tl.load(tile_stop + m)
+        group, row, inside = _tile(tile_group, tile_first, tile_stop, m, BM)
         column = (tile % columns_of) * BN + tl.arange(0, BN)
         k = tl.arange(0, BK)
         x_at = x + row.to(tl.int64)[:, None] * K + k[None, :]
@@ -70,9 +75,7 @@ def swiglu_kernel(
     total = tl.load(num_tiles) * columns_of
     for tile in range(tl.program_id(0), total, PROGRAMS):
         m = tile // columns_of
-        group = tl.load(tile_group + m).to(tl.int64)
-        row = tl.load(tile_first + m) + tl.arange(0, BM)
-        inside = row < tl.load(tile_stop + m)
+        group, row, inside = _tile(tile_group, tile_first, tile_stop, m, BM)
         column = (tile % columns_of) * BN + tl.arange(0, BN)
         k = tl.arange(0, BK)
         x_at = x + _rows(source, row, inside, True)[:, None] * K + k[None, :]
@@ -112,9 +115,7 @@ def swiglu_backward_kernel(
     total = tl.load(num_tiles) * columns_of
     for tile in range(tl.program_id(0), total, PROGRAMS):
         m = tile // columns_of
-        group = tl.load(tile_group + m).to(tl.int64)
-        row = tl.load(tile_first + m) + tl.arange(0, BM)
-        inside = row < tl.load(tile_stop + m)
+        group, row, inside = _tile(tile_group, tile_first, tile_stop, m, BM)
         column = (tile % columns_of) * BN + tl.arange(0, BN)
         k = tl.arange(0, BK)
         g_at = g + _rows(source, row, inside, True)[:, None] * K + k[None, :]

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import jax
@@ -29,7 +30,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from moe.config import require
-from moe.routing import RouterOutput, at_least_float32, token_choice, top_k_indices
+from moe.routing import RouterOutput, at_least_float32, fused_top_k, token_choice, top_k_indices
 
 Score = Literal["softmax", "sigmoid"]
 GroupScore = Literal["max", "top2", "topk"]
@@ -90,6 +91,7 @@ class GroupLimited:
     selection_bias: bool
     renormalize: bool
     scaling: float
+    fused: bool = False
 
     def init_state(self) -> dict[str, Array]:
         return {"bias": jnp.zeros((self.num_experts,), jnp.float32)} if self.selection_bias else {}
@@ -99,18 +101,27 @@ class GroupLimited:
     ) -> tuple[RouterOutput, dict[str, Array]]:
         del x, token_ids, key
         logits = at_least_float32(logits)
+        bias = router_state["bias"] if self.selection_bias else None
+        if self.fused:
+            return self.fused_choice(logits, bias), {}
         if self.score == "softmax":
             scores = probs = jax.nn.softmax(logits, axis=-1)
         else:
             scores = jax.nn.sigmoid(logits)
             probs = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
-        bias = router_state["bias"] if self.selection_bias else None
         indices = choose(scores, bias, self.top_k, self.groups, self.kept_groups, self.group_score)
         weights = jnp.take_along_axis(scores, indices, axis=-1)
         if self.renormalize:
             weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
         counted = top_k_indices(scores, self.top_k) if self.selection_bias else None
         return token_choice(probs, logits, indices, self.scaling * weights, balance_indices=counted), {}
+
+    def fused_choice(self, logits: Array, bias: Array | None) -> RouterOutput:
+        """The same by one kernel on GPU, and one more where the balance loss counts another choice."""
+        choice = partial(fused_top_k, logits, self.top_k, score=self.score)
+        indices, weights, probs = choice(bias=bias, renormalize=self.renormalize, scaling=self.scaling)
+        counted = choice(with_probs=False)[0] if self.selection_bias else None
+        return token_choice(jnp.asarray(probs), logits, indices, weights, balance_indices=counted)
 
 
 def make(
@@ -123,13 +134,20 @@ def make(
     selection_bias: bool = False,
     renormalize: bool = False,
     scaling: float = 1.0,
+    fused: bool = False,
 ) -> GroupLimited:
-    """See the module; ValueError for options out of range, or groups that leave fewer than k experts."""
+    """See the module; `fused` runs one kernel on GPU.
+
+    Raises:
+      ValueError: options out of range, groups that leave fewer than k experts, or groups for the kernel, which knows
+        none.
+    """
     require(score in get_args(Score), "moe.router score", score, f"one of {', '.join(get_args(Score))}")
     require_groups(num_experts, top_k, groups, kept_groups, group_score)
-    for name, value in (("selection_bias", selection_bias), ("renormalize", renormalize)):
+    for name, value in (("selection_bias", selection_bias), ("renormalize", renormalize), ("fused", fused)):
         require(isinstance(value, bool), f"moe.router {name}", value, "True or False")
     require(0 < scaling < math.inf, "moe.router scaling", scaling, "a finite number above 0")
+    require(not fused or kept_groups == groups, "moe.router fused", fused, "False where groups are left out")
     return GroupLimited(
-        num_experts, top_k, score, groups, kept_groups, group_score, selection_bias, renormalize, scaling
+        num_experts, top_k, score, groups, kept_groups, group_score, selection_bias, renormalize, scaling, fused
     )

@@ -16,16 +16,17 @@ import jax.numpy as jnp
 from jax import Array
 
 from moe.config import require
-from moe.routing import RouterOutput, at_least_float32, token_choice, top_k_indices
+from moe.routing import RouterOutput, at_least_float32, fused_top_k, token_choice, top_k_indices
 
 
 @dataclass(frozen=True)
 class SoftmaxTopK:
-    """See the module; `renormalize` divides the kept probabilities by their sum."""
+    """See the module; `renormalize` divides the kept probabilities by their sum, `fused` runs one kernel on GPU."""
 
     num_experts: int
     top_k: int
     renormalize: bool = True
+    fused: bool = False
 
     def init_state(self) -> dict:
         return {}
@@ -35,6 +36,9 @@ class SoftmaxTopK:
     ) -> tuple[RouterOutput, dict[str, Array]]:
         del x, token_ids, router_state, key
         logits = at_least_float32(logits)
+        if self.fused:
+            indices, weights, probs = fused_top_k(logits, self.top_k, renormalize=self.renormalize)
+            return token_choice(jnp.asarray(probs), logits, indices, weights), {}
         probs = jax.nn.softmax(logits, axis=-1)
         indices = top_k_indices(probs, self.top_k)
         weights = jnp.take_along_axis(probs, indices, axis=-1)
@@ -43,7 +47,7 @@ class SoftmaxTopK:
         return token_choice(probs, logits, indices, weights), {}
 
 
-def make(num_experts: int, top_k: int, renormalize: bool = True) -> SoftmaxTopK:
+def make(num_experts: int, top_k: int, renormalize: bool = True, fused: bool = False) -> SoftmaxTopK:
     """Raises ValueError unless 1 <= top_k <= num_experts."""
     require(1 <= top_k <= num_experts, "moe.top_k", top_k, f"1 <= top_k <= num_experts = {num_experts}")
-    return SoftmaxTopK(num_experts, top_k, renormalize)
+    return SoftmaxTopK(num_experts, top_k, renormalize, fused)

@@ -7,7 +7,7 @@ import sys
 import jax
 import pytest
 
-from experiments import cli
+from experiments import start
 from experiments.cli import COMMANDS, main
 
 RUN = ["run", "global-batch-lbl", "--preset", "smoke"]
@@ -143,7 +143,7 @@ sys.exit(code)
 @pytest.mark.parametrize("words", [["list"], ["--help"], ["run", "--help"]])
 def test_looking_around_imports_no_jax(words):
     command = [sys.executable, "-c", LOOKING.format(words=words)]
-    done = subprocess.run(command, cwd=cli.ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=start.ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert ("global-batch-lbl" if words == ["list"] else "preset" if "run" in words else "check-cluster") in done.stdout
 
@@ -151,14 +151,14 @@ def test_looking_around_imports_no_jax(words):
 def test_compiled_programs_are_kept_for_the_next_command(monkeypatch, tmp_path):
     """In the tree, and only where the user has named no place: JAX reads the environment before any command runs."""
     (tmp_path / "pyproject.toml").touch()
-    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    monkeypatch.setattr(start, "ROOT", tmp_path)
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     try:
-        cli.start(None)
+        start.start(None)
         assert jax.config.jax_compilation_cache_dir == before["jax_compilation_cache_dir"]
         monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-        cli.start(None)
+        start.start(None)
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / ".cache" / "jax")
     finally:
         for name, value in before.items():

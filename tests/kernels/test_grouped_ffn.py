@@ -264,6 +264,8 @@ def test_the_gpu_program_holds_grouped_gemms(biased):
         ({"weights": jnp.zeros((T, K + 1))}, "weights.shape"),
         ({"valid": jnp.zeros((T,), bool)}, "valid.shape"),
         ({"valid": jnp.zeros((T, K))}, "valid.dtype"),
+        ({"x": jnp.zeros((T, D), jnp.int8)}, "x.dtype = 'int8'"),
+        ({"down": jnp.zeros((E, F, D), jnp.float8_e5m2)}, "down.dtype = 'float8_e5m2'"),
         ({"gate_up": jnp.zeros((E, D, 2 * F + 1))}, "an even number"),
         ({"gate_up": jnp.zeros((E, D + 1, 2 * F))}, "gate_up.shape"),
         ({"down": jnp.zeros((E, F, D + 1))}, "down.shape"),

@@ -112,6 +112,8 @@ def test_the_walk_meets_each_valid_row_once_in_stable_order(ids, sizes):
         ({"w": jnp.zeros((E, K + 1, N))}, "w.shape"),
         ({"group_sizes": jnp.zeros((E + 1,), jnp.int32)}, "group_sizes.shape"),
         ({"group_sizes": jnp.zeros((E,))}, "group_sizes.dtype"),
+        ({"x": jnp.zeros((M, K), jnp.int4)}, "x.dtype = 'int4': expected a float type of at least 16 bits"),
+        ({"w": jnp.zeros((E, K, N), jnp.float8_e4m3fn)}, "w.dtype = 'float8_e4m3fn'"),
         ({"implementation": "fast"}, "implementation = 'fast'"),
         ({"block_size": 0}, "block_size = 0"),
     ],

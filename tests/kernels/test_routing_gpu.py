@@ -1,5 +1,7 @@
 """The fused router's path on CPUs: the routers' own choices and gradients; its kernels are in `interpreted/`."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 
 from kernels.grouped_matmul import sort_rows
 from kernels.routing_gpu import block_tokens, permute, route, sort_assignments, unpermute
+from moe.config import MoEConfig
 from moe.routers import group_limited
+from moe.routing import make_router
 
 T, E, K, D = 37, 6, 2, 5
 
@@ -42,6 +46,30 @@ def test_route(score, biased):
     for t in np.flatnonzero(valid):
         blocks[t // block_tokens(E), np.asarray(indices)[t]] += 1
     np.testing.assert_array_equal(counts, blocks)
+
+
+SIGMOID = "group_limited(score='sigmoid', renormalize={0}, scaling=2.5, selection_bias={0}{1})"
+
+
+@pytest.mark.parametrize("of", ["softmax_topk(renormalize={}{})", SIGMOID])
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_a_fused_router_is_the_router(of, renormalize):
+    fused, plain = (make_router(MoEConfig(E, K, 8, router=of.format(renormalize, end))) for end in (", fused=True", ""))
+    state = {"bias": drawn(E)} if plain.init_state() else {}
+
+    def call(router, logits):
+        routing, losses = router(jnp.zeros(()), logits, jnp.zeros(()), state, None)
+        assert losses == {}
+        return (routing.weights, routing.probs), routing
+
+    g = drawn(T, K), drawn(T, E)
+    (_, pull, made), (_, pull_plain, wanted) = (
+        jax.vjp(functools.partial(call, router), drawn(T, E), has_aux=True) for router in (fused, plain)
+    )
+    assert jax.tree.structure(made) == jax.tree.structure(wanted)
+    for got, want in zip(jax.tree.leaves((made, pull(g))), jax.tree.leaves((wanted, pull_plain(g)))):
+        assert got.dtype == want.dtype
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("mask", [None, (T,), (T, K)])

@@ -46,6 +46,7 @@ ROUTERS = {
     "loss_free_groups": "loss_free(groups=4, kept_groups=2, group_score='top2', renormalize=True)",
     "proportional": "loss_free(rule='proportional', pool='local')",
     "quantile": "loss_free(rule='quantile')",
+    "fused": "loss_free(renormalize=True, fused=True)",
     "random": "random",
     "uniform": "uniform",
 }

@@ -57,13 +57,15 @@ def ffn(implementation, x, weights, gate_up, down, indices, valid):
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_the_ffn_is_two_kernels_forward_and_four_back(capability):
+def test_the_ffn_is_two_kernels_to_sort_two_forward_and_four_back(capability):
     x, gate_up, down, *routing = FFN
     arrays = x, array(T, K, dtype=jnp.float32), gate_up, down, *routing
     run = functools.partial(ffn, "triton")
-    assert calls(lowered(run, *arrays, capability=capability)) == 2
+    text = lowered(run, *arrays, capability=capability)
+    assert calls(text) == 2 + 2
+    assert "stablehlo.sort" not in text
     text = lowered(gradients(run, 0, 1, 2, 3), *arrays, capability=capability)
-    assert calls(text) == 6
+    assert calls(text) == 2 + 2 + 4
     assert "ragged_dot" not in text
     assert "while" not in text.split("func.func private")[0], "a loop over blocks: the path of CPUs"
 
@@ -104,14 +106,22 @@ def test_on_cpu_the_same_program_has_no_kernel():
     assert "stablehlo.while" in text
 
 
-@pytest.mark.parametrize("dispatcher", ["triton", "auto"])
-def test_a_training_step_has_the_kernels_in_forward_and_backward(dispatcher):
+@pytest.mark.parametrize(
+    ("dispatcher", "router", "wanted"),
+    [
+        ("triton", "softmax_topk", 2 + 2 + 4),
+        ("triton", "softmax_topk(fused=True)", 1 + 2 + 2 + 4),
+        ("triton", "loss_free(fused=True)", 2 + 2 + 2 + 4),  # the second choice is the one the balance loss counts
+        ("auto", "softmax_topk", 0),
+    ],
+)
+def test_a_training_step_has_the_kernels_in_forward_and_backward(dispatcher, router, wanted):
     made = recipes.smoke()
-    model = replace(made.model, moe=replace(made.model.moe, dispatcher=dispatcher), compute_dtype="bfloat16")
-    config = replace(made, model=model)
+    moe = replace(made.model.moe, dispatcher=dispatcher, router=router)
+    config = replace(made, model=replace(made.model, moe=moe, compute_dtype="bfloat16"))
     state, tx = abstract_state(config)
     shape = config.accumulation, config.batch_size // config.accumulation, config.data.seq_len + 1
     batch = dict.fromkeys(("tokens", "segment_ids", "positions"), array(*shape, dtype=jnp.int32))
     text = lowered(functools.partial(train_step, config=config, tx=tx), state, batch)
-    assert calls(text) == (6 if dispatcher == "triton" else 0)
+    assert calls(text) == wanted
     assert ("ragged_dot" in text) == (dispatcher == "auto")
