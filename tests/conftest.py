@@ -1,6 +1,7 @@
 """Eight simulated CPU devices, a compile cache, quick compilation: set before jax is imported by any test."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -15,6 +16,19 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`slow_after(n)`: the first n cases of a function are fast, so that the fast suite has some of every family."""
+    seen: Counter[tuple[Path, str]] = Counter()
+    for item in items:
+        mark = item.get_closest_marker("slow_after")
+        if mark is not None:
+            function = item.path, item.getparent(pytest.Function).originalname  # type: ignore[union-attr]
+            seen[function] += 1
+            if seen[function] > mark.args[0]:
+                item.add_marker("slow")
 
 
 @pytest.fixture

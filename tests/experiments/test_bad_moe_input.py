@@ -159,6 +159,7 @@ def test_a_state_nobody_asked_for_is_refused_through_the_whole_model():
 
 
 @pytest.mark.parametrize("implementation", ["blocks", "ragged_dot", "reference"])
+@pytest.mark.slow_after(1)
 def test_an_expert_id_that_is_no_experts_is_dropped_like_an_invalid_one(implementation):
     """Marked valid or not; counts leave it out too, so sum(counts) < sum(valid) tells of it."""
     rng = np.random.default_rng(0)
@@ -216,6 +217,7 @@ def breaks(tmp_path, monkeypatch):
     sys.modules.pop("router_that_breaks", None)
 
 
+@pytest.mark.slow
 def test_scores_that_are_no_numbers_end_the_run_and_keep_the_last_checkpoint(breaks, tmp_path):
     """top_k hides them: the choice is still in range. The loss does not."""
     out = tmp_path / "out"

@@ -17,6 +17,7 @@ EXPERIMENTS = {name: load(name) for name in [*names(), "template"]}
 
 
 @pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.slow_after(2)
 def test_every_recipe_lowers(name):
     config = PRESETS[name]()
     counts = dry_run(config)
@@ -63,6 +64,7 @@ SOON = [one for one in PRESETS_OF_ALL if one not in LATER]
 
 
 @pytest.mark.parametrize(("name", "preset"), SOON)
+@pytest.mark.slow_after(8)
 def test_every_preset_lowers(name, preset):
     """One arm per shape of model, mesh and accumulation; the slow suite lowers every router and score, and LATER."""
     lower_distinct(name, preset, any_router)

@@ -89,6 +89,7 @@ def by_hand(params, adapters, tree, made):
 
 
 @pytest.mark.parametrize("adapters", [LORA, MIXLORA], ids=["lora", "mixlora"])
+@pytest.mark.slow
 def test_a_step_is_adamw_on_the_mean_over_answer_tokens(base, key, adapters):
     tree, made = moved(adapters, base.params, key), batches(0)
     loss, grads = jax.value_and_grad(lambda t: by_hand(base.params, adapters, t, made))(tree)
@@ -120,6 +121,7 @@ def test_the_base_is_no_part_of_the_state_and_stays_as_it_was(base, key, tmp_pat
     assert not {id(leaf) for leaf in jax.tree.leaves(tree)} & {id(leaf) for leaf in jax.tree.leaves(base.params)}
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_train_the_same(base, key, tmp_path):
     penalty = balanced(0.01, 2)
     one, eight = (
@@ -137,6 +139,7 @@ def test_one_device_and_eight_train_the_same(base, key, tmp_path):
 
 
 @pytest.mark.parametrize("where", [None, make_mesh(), make_mesh(fsdp=2)], ids=["one", "mesh of one", "sharded"])
+@pytest.mark.slow
 def test_adapters_come_back_to_where_the_base_lies_and_are_scored_there(base, key, tmp_path, where):
     params = base.params if where is None else jax.device_put(base.params, tree_shardings(base.params, where))
     lies = base._replace(params=params)
@@ -215,6 +218,7 @@ def test_a_loss_that_is_not_finite_stops_it_unsaved(base, key, tmp_path):
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
 
 
+@pytest.mark.slow
 def test_one_pass_tells_what_greedy_writing_would(base, key):
     """Half of the rows ask for what the model itself writes, token by token; the others differ in one token."""
     tree, rows = moved(MIXLORA, base.params, key), 12

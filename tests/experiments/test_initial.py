@@ -54,6 +54,7 @@ def whole(parent, tmp_path_factory):
     return fit(MOE, out, parent=parent), out
 
 
+@pytest.mark.slow
 def test_an_upcycled_run_starts_where_its_parent_ended_and_says_so(whole):
     metrics = whole[0].metrics
     assert metrics["start_gap"] < 1e-5

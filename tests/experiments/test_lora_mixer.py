@@ -98,6 +98,7 @@ def same(a, b):
     return {name: ours[name].tobytes() == theirs[name].tobytes() for name in ours}
 
 
+@pytest.mark.slow
 def test_rows_by_label_leave_the_other_experts_as_they_were_to_the_bit(place, tmp_path):
     """Steps on rows of tasks 0 and 2 alone: expert 1 and every router keep their bits, and the others move."""
     at, _ = place
@@ -336,6 +337,7 @@ def from_table(self, adapters, tree, folder, task, split):
 @pytest.mark.parametrize(("method", "accuracy", "share"), [
     ("router_only", 0.65, 0.75), ("oracle", 0.8, 1.0), ("uniform", 0.2, 0.0),
     ("best_single", 1.6 / 3, 5 / 9)])  # fmt: skip
+@pytest.mark.slow_after(1)
 def test_shares_of_what_labels_bring(method, accuracy, share, base, tmp_path, monkeypatch):
     monkeypatch.setattr(Place, "accuracy", from_table)
     metrics, series = run(replace(TRIAL, method=method), 0, tmp_path / "arm", QUIET)
@@ -372,6 +374,7 @@ def test_few_samples_are_the_same_few_again_and_the_first_of_the_many(place):
     assert not {tuple(row) for row in trained.tolist()} & {tuple(row) for row in np.concatenate(seen).tolist()}
 
 
+@pytest.mark.slow
 def test_pieces_are_shared_kept_and_the_same_after_ctrl_c(tmp_path):
     whole = run(TRIAL, 0, tmp_path / "a" / "as_claimed", QUIET)
     shared = tmp_path / "a" / "shared-seed0"
@@ -428,6 +431,7 @@ LATER = ("cpu-long", "gpu", "paper")  # long to lower
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LATER else n for n in PRESETS])
+@pytest.mark.slow_after(1)
 def test_every_preset_lowers_and_the_rival_is_as_large(name):
     """A shape once, whatever its loss and samples."""
     made = PRESETS[name]()

@@ -79,6 +79,7 @@ def by_path(tree):
     ("name", "kind"),
     [*((name, "moe") for name in NAMES), ("adamw", "dense"), ("frugal", "dense"), ("lisa(active=1)", "dense")],
 )
+@pytest.mark.slow_after(4)
 def test_two_steps_move_every_leaf_that_is_trained(name, kind):
     value_and_grad, start = gradient(kind)
     tx = make_optimizer(replace(RUN.optimizer, name=name), 10)

@@ -143,6 +143,7 @@ def test_a_fresh_state_is_the_same_on_one_device_and_on_a_mesh():
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: "x".join(map(str, m)))
+@pytest.mark.slow
 def test_any_mesh_equals_one_device(mesh, one_device):
     grads, metrics = gradients(BASE, mesh)
     assert_close(grads, one_device[0])
@@ -163,6 +164,7 @@ def test_any_accumulation_equals_one_pass(accumulation, mesh, one_device):
 
 
 @pytest.mark.parametrize("scope", ["shuffle_micro", *(pytest.param(s, marks=slow) for s in ("microbatch", "sequence"))])
+@pytest.mark.slow
 def test_other_scopes_do_not_depend_on_accumulation(scope):
     config = replace(EINSUM, balance=replace(BASE.balance, scope=scope, micro_batch_size=2))
     assert_close(gradients(replace(config, accumulation=2))[0], gradients(config)[0])
@@ -210,6 +212,7 @@ def by_device(config: RunConfig, batch, devices):
 
 
 @pytest.mark.parametrize(("mesh", "accumulation"), [pytest.param((2, 2, 2), 1, marks=slow), ((2, 1, 2), 2)], ids=str)
+@pytest.mark.slow
 def test_device_scope_is_each_device_alone(mesh, accumulation):
     """Two sequences a device and pass: neither `sequence` nor the whole batch."""
     devices = int(np.prod(mesh))

@@ -171,6 +171,7 @@ def test_the_reported_loss_is_the_unweighted_mean_per_token():
 
 
 @pytest.mark.parametrize("level", ["sample", "token"])
+@pytest.mark.slow_after(1)
 def test_eight_devices_of_one_sequence_weigh_as_one(level):
     """Each device alone would find all of its sequences equal."""
     config = weighted(DENSE, level=level)
@@ -211,6 +212,7 @@ def test_a_pass_of_padding_takes_no_share(scope):
         assert metrics[name] == pytest.approx(expected[name], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_router_losses_stay_outside():
     """What they add to gradients is what they add without weights; their values are the same."""
     off = replace(MOE, balance=replace(BALANCE, weight=0.0, z_weight=0.0))

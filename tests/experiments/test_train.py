@@ -28,6 +28,7 @@ def whole(tmp_path_factory):
     return fit(CONFIG, out), lines(out)
 
 
+@pytest.mark.slow
 def test_metrics_and_series_have_what_the_runner_reads(whole):
     result, rows = whole
     names = {"val_ce", "test_ce", "domain_expert_mi", "max_violation", "tokens_per_second", "step_ms"}
@@ -116,6 +117,7 @@ def test_a_missing_packaged_corpus_names_the_command_that_fetches_it(tmp_path, m
         fit(replace(CONFIG, data=replace(CONFIG.data, corpus="packaged")), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_mesh_may_change_when_resuming(whole, tmp_path):
     """A checkpoint moves to another mesh: losses go on within 1e-5 of the uninterrupted run."""
     fit(CONFIG, tmp_path, steps=3)

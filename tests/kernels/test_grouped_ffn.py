@@ -160,6 +160,7 @@ def test_block_size_changes_nothing(block_size, routing):
     ("activation", "biased"),
     [("swiglu", False), ("swiglu_oai", True), pytest.param("gelu", True, marks=pytest.mark.slow)],
 )
+@pytest.mark.slow_after(1)
 def test_bfloat16_compute_with_float32_parameters(activation, biased):
     x, *params, indices, valid, g = problem(parts=PARTS[activation])
     biases = make_biases(parts=PARTS[activation]) if biased else {}

@@ -88,6 +88,7 @@ def assert_close(got, want, tolerance):
 @pytest.mark.parametrize("summed", [False, True])
 @pytest.mark.parametrize("inputs", ["each", "one"])
 @pytest.mark.parametrize("implementation", FORMS)
+@pytest.mark.slow_after(8)
 def test_values_and_gradients_match_a_slot_by_slot_oracle(implementation, inputs, summed):
     with jax.enable_x64(True):
         for routing in ROUTINGS:
@@ -100,6 +101,7 @@ def test_values_and_gradients_match_a_slot_by_slot_oracle(implementation, inputs
 @pytest.mark.parametrize("summed", [False, True])
 @pytest.mark.parametrize("inputs", ["each", "one"])
 @pytest.mark.parametrize("implementation", FORMS)
+@pytest.mark.slow_after(6)
 def test_experts_may_share_a(implementation, inputs, summed):
     with jax.enable_x64(True):
         x, a, *rest = problem("some_invalid", inputs=inputs, shared_a=True)
@@ -179,6 +181,7 @@ def test_bfloat16_compute_with_float32_parameters(implementation, summed):
 @pytest.mark.parametrize("summed", [False, True])
 @pytest.mark.parametrize("own_routing", [False, True])
 @pytest.mark.parametrize("implementation", ["concat", "blocks", "ragged_dot", "auto"])
+@pytest.mark.slow_after(4)
 def test_several_adapters_under_vmap(implementation, own_routing, summed):
     """Adapters share x; their routers may, too, or each chooses for itself."""
     with jax.enable_x64(True):
@@ -197,6 +200,7 @@ def test_several_adapters_under_vmap(implementation, own_routing, summed):
 
 @pytest.mark.parametrize("summed", [False, True])
 @pytest.mark.parametrize("implementation", ["concat", "blocks", "ragged_dot", "auto"])
+@pytest.mark.slow_after(2)
 def test_eight_devices_with_their_own_tokens(implementation, summed):
     """Tokens are split, adapters replicated: the gradients of a and b are summed over devices."""
     arrays = problem("some_invalid", inputs="one")

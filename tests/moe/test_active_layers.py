@@ -92,6 +92,7 @@ FIRST, *LATER = CONFIGS
 
 
 @pytest.mark.parametrize("name", [FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in LATER)])
+@pytest.mark.slow
 def test_values_and_gradients_are_the_transformers(name):
     config, key = CONFIGS[name], jax.random.key(2)
     part = active_layers(labels, min(len(list(group)) for _, group in groupby(config.layer_kinds)), GAP)

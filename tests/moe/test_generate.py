@@ -60,6 +60,7 @@ def draw(b, s, seed=3):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.slow_after(2)
 def test_prefill_then_decode_equals_the_full_forward(name):
     """Two sequences of unequal prompts, the shorter one padded on the right; then one token at a time."""
     model, tokens = random_model(CONFIGS[name]), draw(2, S)

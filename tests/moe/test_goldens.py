@@ -201,6 +201,7 @@ def filled(params: dict, source: Callable[[str, tuple[int, ...]], np.ndarray]) -
 
 
 @pytest.mark.parametrize("name", list(inputs.HEADS))
+@pytest.mark.slow_after(1)
 def test_language_model_logits_and_gradients(name: str) -> None:
     config, shape = config_of(name), inputs.MODEL
     tokens = inputs.draw_integers("model/tokens", (shape["batch"], shape["seq"] + 1), shape["vocab"]).astype(np.int32)

@@ -52,6 +52,7 @@ def build(config, seed=0):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.slow_after(1)
 def test_causality_by_gradient_through_the_embedding_of_each_position(name):
     """d logits[t] / d position-specific input is zero for later positions and not for earlier ones."""
     config = CONFIGS[name]
@@ -105,6 +106,7 @@ def test_padding_reaches_neither_counts_nor_outputs():
     ],
     ids=str,
 )
+@pytest.mark.slow_after(1)
 def test_remat_and_unrolling_change_the_program_but_not_its_results(change, trace):
     params, run = build(BASE)
     _, other = build(replace(BASE, **change))

@@ -144,6 +144,7 @@ def assert_close(got, want, atol):
 
 
 @every
+@pytest.mark.slow_after(6)
 def test_it_converges(name):
     """|p - target|^2 / 2 is halved in 90 steps of about 0.05, in each leaf and however often a layer is frozen."""
     target, params, state = tree(2), jax.tree.map(lambda x, y: x + y, tree(1), tree(2)), started(name)
@@ -179,6 +180,7 @@ def test_a_compiled_update_is_the_plain_one(name):
 
 
 @every
+@pytest.mark.slow_after(5)
 def test_low_precision_of_parameters_is_not_that_of_the_state(name):
     """Two moments and a choice are float32 and int32, so that matrices are updated as those of float32 parameters;
     Optax's Adam, for the rest, keeps moments in the parameters' type."""
@@ -200,6 +202,7 @@ def test_low_precision_of_parameters_is_not_that_of_the_state(name):
 
 
 @every
+@pytest.mark.slow_after(5)
 def test_rate_and_momentum_may_be_part_of_the_state(name):
     make = lambda learning_rate, b1: OPTIMIZERS[name](learning_rate, b1=b1, b2=B2)  # noqa: E731
     tx = optax.inject_hyperparams(make)(learning_rate=2 * RATE, b1=0.9)
@@ -219,6 +222,7 @@ OTHERS = ("['scale']", "['wq']")  # the last of those that Adam and the method h
 
 
 @every
+@pytest.mark.slow_after(5)
 def test_masks_and_accumulation_around_it_change_nothing(name):
     """Beside SGD on other leaves, and by halves of gradients: what is its own is as it was."""
     others = lambda params: jax.tree_util.tree_map_with_path(  # noqa: E731
@@ -260,6 +264,7 @@ BY_OUTPUTS = BY_INPUTS | {
 @pytest.mark.parametrize(
     "sizes", [pytest.param({"fsdp": 8}, marks=pytest.mark.slow), {"data": 2, "fsdp": 2, "expert": 2}], ids=str
 )
+@pytest.mark.slow_after(5)
 def test_a_mesh_changes_nothing(name, sizes):
     """Seven steps, two refreshes after the first."""
     specs, mesh, tx = BY_OUTPUTS if name == "rows_moved" else BY_INPUTS, make_mesh(**sizes), built(name)

@@ -81,6 +81,7 @@ def trained(tx, mesh=None, steps=5):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.slow_after(3)
 def test_a_mesh_changes_nothing(name):
     want, _ = trained(OPTIMIZERS[name])
     got, _ = trained(OPTIMIZERS[name], make_mesh(data=2, fsdp=2, expert=2))

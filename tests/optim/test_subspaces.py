@@ -49,6 +49,7 @@ def chosen(name, shape, seed=0):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", SUBSPACES)
+@pytest.mark.slow_after(6)
 def test_up_of_down_is_an_orthogonal_projection_of_the_stated_size(name, shape):
     subspace, choice = chosen(name, shape)
     x, y = draw(shape, 1), draw(shape, 2)

@@ -30,6 +30,7 @@ def test_the_closed_form_is_as_by_hand():
     assert bilevel.closed_form("plain", TINY, params) == plain
 
 
+@pytest.mark.slow
 def test_it_measures_prints_and_writes(tmp_path):
     run = RunConfig(model=replace(TINY, unroll=0), data=DataConfig(corpus="synthetic", seq_len=8), batch_size=4)
     path, console = tmp_path / "bilevel.json", Console(width=120, record=True, quiet=True)

@@ -92,6 +92,7 @@ def test_the_verdict_takes_the_lower_end() -> None:
     assert not verdict({"size": {"contestants": rows}}, memory)["size: ours at least 1.25 times as fast as naive"]
 
 
+@pytest.mark.slow
 def test_whole_command(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     console = Console(record=True, width=160, file=open(os.devnull, "w"))  # noqa: SIM115

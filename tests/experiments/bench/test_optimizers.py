@@ -106,6 +106,7 @@ def test_refreshes_are_told_apart() -> None:
     assert set(found["adamw"]) == {"ms", "ratio", "ratio_interval_95"}
 
 
+@pytest.mark.slow
 def test_whole_command(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     console = Console(record=True, width=160, file=open(os.devnull, "w"))  # noqa: SIM115

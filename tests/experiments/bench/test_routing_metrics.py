@@ -37,6 +37,7 @@ def loss_free_ema():
     return replace(config, model=model, balance=BalanceConfig(scope="ema"), accumulation=2)
 
 
+@pytest.mark.slow
 def test_whole_command(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     console = Console(record=True, width=120, file=open(os.devnull, "w"))  # noqa: SIM115
@@ -67,6 +68,7 @@ def test_whole_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [plain, loss_free_ema])
+@pytest.mark.slow_after(1)
 def test_without_metrics_the_new_state_is_the_same(make) -> None:
     config = make()
     leaves = {name: leaf.reshape(config.accumulation, -1, TINY.seq + 1) for name, leaf in random_batch(TINY).items()}

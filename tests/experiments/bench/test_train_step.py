@@ -29,6 +29,7 @@ def fake_peer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return script
 
 
+@pytest.mark.slow
 def test_whole_command(fake_peer: Path, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     console = Console(record=True, width=120, file=open(os.devnull, "w"))  # noqa: SIM115

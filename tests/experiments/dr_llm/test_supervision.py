@@ -120,6 +120,7 @@ def test_macro_f1_by_hand():
 
 
 @pytest.mark.parametrize("reads", ["residual", "embedding"])
+@pytest.mark.slow
 def test_routers_learn_a_rule_and_tell_it_for_new_questions(reads):
     """Questions with a product skip block 1 and repeat block 2, the others do the reverse."""
     config = ModelConfig(vocab_size=VOCAB, hidden=32, num_layers=3, num_heads=2, num_kv_heads=2, head_dim=16,

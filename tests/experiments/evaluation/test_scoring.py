@@ -72,6 +72,7 @@ def requests():
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.slow_after(1)
 def test_options_equal_a_loop_over_tokens(model, oracle, batch_size):
     params, state = model
     read = []

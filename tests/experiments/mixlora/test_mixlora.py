@@ -68,6 +68,7 @@ def test_the_papers_model_has_the_papers_number_of_parameters():
     assert (config["adapters.dropout"], config["tuning.optimizer.learning_rate"]) == (0.05, 2e-4)
 
 
+@pytest.mark.slow
 def test_pieces_are_shared_kept_and_the_same_after_ctrl_c(tmp_path):
     whole = run(TRIAL, 0, tmp_path / "a" / "mixlora", QUIET)
     shared = tmp_path / "a" / "shared-seed0"
@@ -118,6 +119,7 @@ def test_the_same_examples_alone_and_together():
     assert np.array_equal(np.concatenate([one(step).tokens for step in range(2)]), together)
 
 
+@pytest.mark.slow
 def test_the_base_learns_what_it_is_pretrained_on_and_no_task(tmp_path):
     world = replace(SMALL, pretraining_steps=150, pretraining_batch=32, test_rows=64)
     base = world.base(0, tmp_path / "base", QUIET)

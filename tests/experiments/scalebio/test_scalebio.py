@@ -76,6 +76,7 @@ def interrupted(trial, out, at):
 @pytest.mark.parametrize("spec", [
     "scalebio(layers=1, update_gap=2)", *(pytest.param(s, marks=pytest.mark.slow) for s in ("doremi()", "influence()")),
 ])  # fmt: skip
+@pytest.mark.slow
 def test_a_search_goes_on_bit_by_bit_after_ctrl_c(spec, tmp_path):
     trial = Trial(spec, RUN, budget=24.0)
     weights, at, path = searched(trial, tmp_path / "whole")
@@ -115,6 +116,7 @@ def test_weight_goes_to_the_clean_source(tmp_path):
     assert weights[0] > 0.55, weights
 
 
+@pytest.mark.slow
 def test_an_arm_searches_trains_and_is_taken_up_again(tmp_path, monkeypatch):
     trial = Trial("scalebio(layers=1, update_gap=2)", RUN, budget=12.0)
     told = []

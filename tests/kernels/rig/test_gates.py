@@ -127,7 +127,8 @@ def test_fused_ffn_launches_what_is_compiled(monkeypatch, capability):
 
     arrays = half(N // 2, D), half(E, D, 2 * F), half(E, F, D), weights, indices, valid
     made = recorded(monkeypatch, capability, gradient(ffn), *arrays)
-    assert made == [
+    assert [kernel for kernel, *_ in made[:2]] == ["count_kernel", "place_kernel"]  # compiled for many experts
+    assert made[2:] == [
         expected(kernel, launch, capability)
         for kernel, launch in (
             ("swiglu_kernel", "gate_up"), ("rows_kernel", "down"), ("swiglu_backward_kernel", "d_hidden"),

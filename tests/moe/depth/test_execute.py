@@ -28,6 +28,7 @@ def weights_of(model):
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
+@pytest.mark.slow_after(4)
 def test_forward_is_the_blocks_applied_one_by_one(any_model, tokens, path):
     weights = weights_of(any_model)
     hidden = forward_along(any_model.config, weights, path, tokens, np.full(4, 12))
@@ -73,6 +74,7 @@ def check_decoding(model, tokens, path):
 
 
 @pytest.mark.parametrize("labels", list(product((0, 1, 2), repeat=3)), ids=str)
+@pytest.mark.slow_after(8)
 def test_decoding_with_a_cache_is_the_full_recomputation(model, tokens, labels):
     """All 27 paths that labels of a model of 3 layers name."""
     check_decoding(model, tokens, path_of(labels))
@@ -109,6 +111,7 @@ def test_paths_of_one_length_share_a_program(model, tokens):
     assert _full_forward._cache_size() == before + 1
 
 
+@pytest.mark.slow_after(1)
 def test_generation_along_paths_is_the_argmax_of_recomputation(any_model):
     prompts = [[1, 2, 3, 4], [5, 6, 7], [7, 8, 9], [3, 1, 2]]
     labels = np.array([[1, 0, 2], [1, 1, 1], [1, 0, 2], [0, 0, 0]])

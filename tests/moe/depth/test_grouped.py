@@ -34,6 +34,7 @@ def test_a_batch_is_its_rows_alone(any_model, tokens):
         np.testing.assert_allclose(hidden[row] @ weights.head, want, atol=2e-5, err_msg=str(of_row))
 
 
+@pytest.mark.slow_after(1)
 def test_routers_decide_once_and_their_cache_decodes(any_model, routers, depth, tokens):
     """Prompts decide while their cache is written; decoding follows, as a batch, and as a row along its path."""
     config, weights = any_model.config, weights_of(any_model)

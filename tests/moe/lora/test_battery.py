@@ -63,6 +63,7 @@ def loss(params: Any, adapters: AdapterConfig, tree: Any, rows: jax.Array | None
 
 
 @every
+@pytest.mark.slow_after(4)
 def test_starts_as_the_frozen_model(name: str):
     member, params = MEMBERS[name], base()
     fresh = init_adapters(CONFIG, member.config, params, jax.random.key(0))
@@ -78,6 +79,7 @@ def test_trained_adapters_change_it(name: str):
 
 
 @every
+@pytest.mark.slow_after(2)
 def test_gradients_are_of_adapters_alone_and_of_all_of_them(name: str):
     """No arrays of zeros either: the gradient is the adapters' tree."""
     params, config = base(), MEMBERS[name].config
@@ -139,6 +141,7 @@ def test_tells_its_routing(name: str):
 
 
 @token_by_token
+@pytest.mark.slow_after(1)
 def test_decoding_with_a_cache_is_the_full_forward(name: str):
     """Keys and values keep their own token's routing."""
     params, config = base(), MEMBERS[name].config
@@ -165,6 +168,7 @@ def test_generates_with_adapters():
 
 
 @every
+@pytest.mark.slow_after(3)
 def test_several_adapters_share_a_base(name: str):
     params, config = base(), MEMBERS[name].config
     trees = [trained(config, seed=seed) for seed in (3, 5)]
@@ -176,6 +180,7 @@ def test_several_adapters_share_a_base(name: str):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for name in MEMBERS]
 )
+@pytest.mark.slow
 def test_eight_devices_are_one(name: str):
     params, config, rows = base(), MEMBERS[name].config, tokens(8)
     tree = trained(config)
@@ -190,6 +195,7 @@ def test_eight_devices_are_one(name: str):
 
 
 @every
+@pytest.mark.slow_after(1)
 def test_bfloat16_is_near(name: str):
     """One layer: a token near a tie chooses another expert, and over layers most tokens are near one."""
     one, config = replace(CONFIG, num_layers=1), MEMBERS[name].config
@@ -199,6 +205,7 @@ def test_bfloat16_is_near(name: str):
     assert np.median(np.abs(low.astype(jnp.float32) - run(params, config, tree, config=one).hidden)) < 0.05
 
 
+@pytest.mark.slow
 def test_dropout_is_drawn_in_training_alone():
     params = base()
     config = presets.mixlora(4, 8.0, dropout=0.5)

@@ -52,6 +52,7 @@ def leaves(config: AdapterConfig, prefix: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow_after(2)
 def test_feed_forward(case: str):
     config, x = CASES[case], jnp.asarray(GOLDEN["input"])
     layer = DenseFFN(48, 0.02, 0.02, adapters=config)

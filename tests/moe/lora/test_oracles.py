@@ -75,6 +75,7 @@ def test_experts_with_magnitudes_are_the_naive_ones():
     np.testing.assert_allclose(found, naive(x, gate_up, down, loras, chosen(), 2.0), atol=5e-5)
 
 
+@pytest.mark.slow
 def test_is_the_materialised_mixture_of_the_generic_layer():
     """W_e = W + s A_e B_e as experts of a MoE layer: values, and gradients of A, B, router and input."""
     x, gate_up, down, loras = arrays()
@@ -139,6 +140,7 @@ def with_equal_experts(tree):
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("name", ["mixlora", "mola", "lora_mixer", "loramoe"])
+@pytest.mark.slow_after(2)
 def test_one_expert_is_lora(name: str, dora: bool):
     params, chosen = base(), {"top_k": 1} if name in ("mixlora", "mola") else {}
     config = getattr(presets, name)(4, 8.0, num_experts=1, dora=dora, **chosen)

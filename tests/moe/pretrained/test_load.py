@@ -50,6 +50,7 @@ def test_the_golden_checkpoints_are_those_the_logits_were_computed_from(golden, 
         assert golden.digest_of({name: source.read(name) for name in source.tensors}) == golden.digest(case)
 
 
+@pytest.mark.slow_after(3)
 def test_logits_equal_those_of_the_released_model(golden, checkpoint, golden_case):
     model = load(checkpoint(golden_case, shards=3))
     assert model.family == golden.config(golden_case)["model_type"]
