@@ -294,15 +294,16 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def figures_table(shape: KernelShape, operation: str, result: dict[str, Any]) -> Any:
-    """One operation of one shape: of each load its bytes and floor, then the implementations."""
+    """One operation of one shape: of each load its bytes and its floor, then the implementations."""
     of = [row for row in result["rows"] if (row["shape"], row["operation"]) == (shape.name, operation)]
     lines: list[list[str]] = []
     for row in of:
         if row["implementation"] == "dense":
-            lines.append([row["load"], f"{row['bytes'] / 1e6:.3g}", f"{row['floor_ms']:.3f}", *[""] * 6])
-        few = f", n={row['samples']}" if row["samples"] < result["timing"]["samples"] else ""
+            megabytes = f"{short(row['bytes'] / 1e6)} MB"
+            lines.append([f"{row['load']}: floor", short(row["floor_ms"]), megabytes, *[""] * 4])
+        few = f" n={row['samples']}" if row["samples"] < result["timing"]["samples"] else ""
         lines.append(
-            [f"  {row['implementation']}{few}", "", "", f"{row['ms']:.3f}", f"{row['low_ms']:.3g}-{row['high_ms']:.3g}",
+            [f"  {row['implementation']}{few}", short(row["ms"]), f"{short(row['low_ms'])}-{short(row['high_ms'])}",
              f"{row['share_of_peak']:.1%}", f"{row['of_dense']:.2f}",
              "" if row["padding"] is None else f"{row['padding']:.0%}", str(row["dropped"] or "")]
         )  # fmt: skip
@@ -310,8 +311,13 @@ def figures_table(shape: KernelShape, operation: str, result: dict[str, Any]) ->
         f"{operation}, {shape.name}: {shape.rows} rows, d={shape.hidden} f={shape.width} {shape.dtype}, "
         f"{flops(operation, shape) / 1e9:.3g} GFLOP"
     )
-    columns = ["", "MB", "floor ms", "ms", "10-90%", "of peak", "of dense", "padding", "dropped"]
+    columns = ["", "ms", "10-90%", "of peak", "of dense", "padding", "dropped"]
     return report.table(title, columns, lines)
+
+
+def short(number: float) -> str:
+    """Three digits or more, without an exponent."""
+    return f"{number:.3g}" if number < 100 else f"{number:.0f}"
 
 
 def compiled_table(compiled: dict[str, Any]) -> Any:
