@@ -31,7 +31,6 @@ def moe_layer(json: Path, rounds: int = 15, against: str | None = None) -> None:
       rounds: interleaved rounds; medians are reported.
       against: a git revision to time beside this tree.
     """
-    start(None)
     from experiments.bench.moe_layer import main
 
     main(json, rounds, against)

@@ -25,7 +25,7 @@ from rich.console import Console
 from experiments.bench import report
 from experiments.bench.parts import forward_backward, normal
 from experiments.bench.peak import SQUARES
-from experiments.bench.protocol import Worker, closing_all, worker_of_tree
+from experiments.bench.protocol import Worker, closing_all, start_in_tree
 from experiments.bench.shape import StepShape
 from experiments.bench.worktree import ROOT, resolve_revision, worktree
 from experiments.output import write_json
@@ -90,10 +90,10 @@ def main(
         # Entered first, so left last: workers end before their source tree goes.
         tree = stack.enter_context(worktree(commit)) if commit else None
         stack.enter_context(closing_all(workers))
+        sizes = dumps({name: asdict(of) for name, of in shapes.items()})
         for name, source in (("ours", ROOT), ("against", tree)):
             if source is not None:
-                arguments = ["-P", str(WORKER), dumps({name: asdict(of) for name, of in shapes.items()})]
-                workers[name], _ = worker_of_tree(name, [*arguments, dumps(squares)], source)
+                start_in_tree(workers, name, ["-P", str(WORKER), sizes, dumps(squares)], source)
         peak, layers = measure(workers, shapes, rounds, console)
     result = {
         "benchmark": "moe-layer", "shape": asdict(shape), "rounds": rounds,

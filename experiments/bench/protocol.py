@@ -120,21 +120,21 @@ class Worker:
         self._errors.close()
 
 
-def worker_of_tree(name: str, arguments: Sequence[str], source: Path) -> tuple[Worker, dict[str, Any]]:
-    """Starts this Python in a source tree with that tree's modules; the worker and its announcement.
+def start_in_tree(workers: dict[str, Worker], name: str, arguments: Sequence[str], source: Path) -> dict[str, Any]:
+    """Adds to `workers` this Python started in a source tree, with that tree's modules; returns its announcement.
 
     Args:
       arguments: of the interpreter; the program announces the tree it imported as `source`.
 
     Raises:
-      WorkerError: it imported another tree.
+      WorkerError: it failed, or imported another tree.
     """
-    worker = Worker(name, [sys.executable, *arguments], cwd=source, env=os.environ | {"PYTHONPATH": str(source)})
-    hello = worker.hello()
+    env = os.environ | {"PYTHONPATH": str(source)}
+    workers[name] = Worker(name, [sys.executable, *arguments], cwd=source, env=env)
+    hello = workers[name].hello()
     if Path(hello.pop("source")) != source.resolve():
-        worker.close()
         raise WorkerError(f"worker {name} imported another source tree than its own")
-    return worker, hello
+    return hello
 
 
 @contextmanager

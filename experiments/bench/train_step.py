@@ -17,7 +17,7 @@ from rich.console import Console
 
 from experiments.bench import report
 from experiments.bench.peak import SQUARES
-from experiments.bench.protocol import Worker, check_peer, closing_all, interleave, worker_of_tree
+from experiments.bench.protocol import Worker, check_peer, closing_all, interleave, start_in_tree
 from experiments.bench.shape import StepShape
 from experiments.bench.worktree import ROOT, resolve_revision, worktree
 from experiments.output import write_json
@@ -85,8 +85,7 @@ def start_all(
 
     def ours(name: str, source: Path) -> dict[str, Any]:
         module = ["-m", "experiments.bench.train_worker", shape.to_json(), str(list(squares))]
-        workers[name], hello = worker_of_tree(name, module, source)
-        return hello | {"warm": workers[name].ask("warm")}
+        return start_in_tree(workers, name, module, source) | {"warm": workers[name].ask("warm")}
 
     yield "ours", ours("ours", ROOT)
     if tree is not None:

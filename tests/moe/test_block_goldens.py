@@ -320,6 +320,7 @@ def test_the_bias_starts_at_zero_and_only_where_it_is_asked_for() -> None:
         ("groups=4, kept_groups=5", r"moe.router kept_groups = 5: expected 1 to groups = 4"),
         ("groups=4, kept_groups=0", r"moe.router kept_groups = 0: "),
         ("groups=4, kept_groups=1", r"moe.router kept_groups = 1: expected groups of 2 to hold k = 3"),
+        ("groups=4, kept_groups=2, fused=True", r"moe.router fused = True: expected False where groups are left out"),
         ("groups=4, kept_groups=2, group_score='mean'", r"moe.router group_score = 'mean': expected one of max, "),
         ("groups=4, kept_groups=2, group_score='topk'", r"moe.router group_score = 'topk': expected k = 3 to be "),
         ("groups=8, kept_groups=3, group_score='top2'", r"moe.router group_score = 'top2': expected two experts "),
