@@ -15,6 +15,7 @@ from kernels.grouped_ffn import grouped_ffn
 from kernels.grouped_matmul import grouped_matmul
 from kernels.lora import slot_lora
 from kernels.routing_gpu import permute, route, sort_assignments, unpermute
+from parallel.mesh import make_mesh
 
 T, K, E, D, F = 64, 2, 4, 64, 32
 
@@ -106,6 +107,17 @@ def test_on_cpu_the_same_program_has_no_kernel():
     assert "stablehlo.while" in text
 
 
+def training_step(dispatcher, router):
+    """The smoke recipe's step with this MoE, lowered for CUDA on the current mesh."""
+    made = recipes.smoke()
+    moe = replace(made.model.moe, dispatcher=dispatcher, router=router)
+    config = replace(made, model=replace(made.model, moe=moe, compute_dtype="bfloat16"), batch_size=8)
+    state, tx = abstract_state(config)
+    shape = config.accumulation, config.batch_size // config.accumulation, config.data.seq_len + 1
+    batch = dict.fromkeys(("tokens", "segment_ids", "positions"), array(*shape, dtype=jnp.int32))
+    return lowered(functools.partial(train_step, config=config, tx=tx), state, batch)
+
+
 @pytest.mark.parametrize(
     ("dispatcher", "router", "wanted"),
     [
@@ -116,12 +128,15 @@ def test_on_cpu_the_same_program_has_no_kernel():
     ],
 )
 def test_a_training_step_has_the_kernels_in_forward_and_backward(dispatcher, router, wanted):
-    made = recipes.smoke()
-    moe = replace(made.model.moe, dispatcher=dispatcher, router=router)
-    config = replace(made, model=replace(made.model, moe=moe, compute_dtype="bfloat16"))
-    state, tx = abstract_state(config)
-    shape = config.accumulation, config.batch_size // config.accumulation, config.data.seq_len + 1
-    batch = dict.fromkeys(("tokens", "segment_ids", "positions"), array(*shape, dtype=jnp.int32))
-    text = lowered(functools.partial(train_step, config=config, tx=tx), state, batch)
+    text = training_step(dispatcher, router)
     assert calls(text) == wanted
     assert ("ragged_dot" in text) == (dispatcher == "auto")
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+def test_so_it_has_on_a_mesh(sizes):
+    """A kernel's call cannot be cut by the compiler: each device calls its own, on its own rows."""
+    with jax.set_mesh(make_mesh(*sizes)):
+        text = training_step("triton", "softmax_topk(fused=True)")
+    assert calls(text) == 1 + 2 + 2 + 4
+    assert "ragged_dot" not in text
