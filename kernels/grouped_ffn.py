@@ -38,6 +38,7 @@ from kernels.grouped_matmul import (
     Arrays,
     Blocks,
     SortedRows,
+    automatic_block_sizes,
     group_of_row,
     keep_rows,
     set_window,
@@ -80,17 +81,6 @@ class _Sorted(NamedTuple):
 
 
 _Gradients = tuple[Array, Array, _Experts]  # of sorted rows of x [N + B, d] and weights [N + B], of the parameters
-
-
-def automatic_block_sizes(num_assignments: int, num_experts: int) -> tuple[int, ...]:
-    """Rows a block may have, ascending: up to twelve multiples of one unit, none longer than all assignments need.
-
-    The unit is an eighth of the mean assignments per expert (16 to 64 rows): a nearly balanced expert is then one block
-    with about a sixteenth of padding, and even a block of a large expert stays near the cache. Each size is compiled.
-    """
-    mean = -(-num_assignments // num_experts)
-    unit = min(64, max(16, round(mean / 128) * 16))
-    return tuple(unit * i for i in range(1, min(12, max(1, -(-num_assignments // unit))) + 1))
 
 
 def _sort(options: _Options, indices: Array, weights: Array, valid: Array, num_experts: int) -> _Sorted:

@@ -73,6 +73,17 @@ Blocks = Callable[[Block, Any], Any]
 Group = Callable[[Array, Blocks, Any], Any]
 
 
+def automatic_block_sizes(num_assignments: int, num_experts: int) -> tuple[int, ...]:
+    """Rows a block may have, ascending: up to twelve multiples of one unit, none longer than all assignments need.
+
+    The unit is an eighth of the mean assignments per expert (16 to 64 rows): a nearly balanced expert is then one block
+    with about a sixteenth of padding, and even a block of a large expert stays near the cache. Each size is compiled.
+    """
+    mean = -(-num_assignments // num_experts)
+    unit = min(64, max(16, round(mean / 128) * 16))
+    return tuple(unit * i for i in range(1, min(12, max(1, -(-num_assignments // unit))) + 1))
+
+
 def choose_blocks(counts: Array, sizes: tuple[int, ...]) -> tuple[Array, Array]:
     """The block size of each group and how many blocks it takes.
 
@@ -156,9 +167,9 @@ def _reference(x_MK: Array, w_EKN: Array, group_sizes: Array) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _blocks_matmul(x_MK: Array, w_EKN: Array, group_sizes: Array, block_size: int) -> Array:
+def _blocks_matmul(x_MK: Array, w_EKN: Array, group_sizes: Array, sizes: tuple[int, ...]) -> Array:
     num_rows = x_MK.shape[0]
-    x_pad = jnp.pad(x_MK, ((0, block_size), (0, 0)))
+    x_pad = jnp.pad(x_MK, ((0, sizes[-1]), (0, 0)))
 
     def group(e: Array, blocks: Blocks, out: Array) -> Array:
         w = w_EKN[e]
@@ -168,19 +179,19 @@ def _blocks_matmul(x_MK: Array, w_EKN: Array, group_sizes: Array, block_size: in
 
         return blocks(block, out)
 
-    out = jnp.zeros((num_rows + block_size, w_EKN.shape[2]), x_MK.dtype)
-    return walk_groups(group_sizes.astype(jnp.int32), (block_size,), group, out)[:num_rows]
+    out = jnp.zeros((num_rows + sizes[-1], w_EKN.shape[2]), x_MK.dtype)
+    return walk_groups(group_sizes.astype(jnp.int32), sizes, group, out)[:num_rows]
 
 
-def _blocks_matmul_fwd(x_MK: Array, w_EKN: Array, group_sizes: Array, block_size: int):
-    return _blocks_matmul(x_MK, w_EKN, group_sizes, block_size), (x_MK, w_EKN, group_sizes)
+def _blocks_matmul_fwd(x_MK: Array, w_EKN: Array, group_sizes: Array, sizes: tuple[int, ...]):
+    return _blocks_matmul(x_MK, w_EKN, group_sizes, sizes), (x_MK, w_EKN, group_sizes)
 
 
-def _blocks_matmul_bwd(block_size: int, residuals: tuple[Array, Array, Array], g_MN: Array):
+def _blocks_matmul_bwd(sizes: tuple[int, ...], residuals: tuple[Array, Array, Array], g_MN: Array):
     x_MK, w_EKN, group_sizes = residuals
     num_rows = x_MK.shape[0]
-    x_pad = jnp.pad(x_MK, ((0, block_size), (0, 0)))
-    g_pad = jnp.pad(g_MN, ((0, block_size), (0, 0)))
+    x_pad = jnp.pad(x_MK, ((0, sizes[-1]), (0, 0)))
+    g_pad = jnp.pad(g_MN, ((0, sizes[-1]), (0, 0)))
 
     def group(e: Array, blocks: Blocks, carry: Arrays) -> Arrays:
         dx, dw = carry
@@ -194,9 +205,9 @@ def _blocks_matmul_bwd(block_size: int, residuals: tuple[Array, Array, Array], g
         dx, dw_e = blocks(block, (dx, jnp.zeros(w.shape, dw.dtype)))
         return dx, dw.at[e].set(dw_e)
 
-    dx = jnp.zeros((num_rows + block_size, x_MK.shape[1]), x_MK.dtype)
+    dx = jnp.zeros((num_rows + sizes[-1], x_MK.shape[1]), x_MK.dtype)
     carry = dx, jnp.zeros(w_EKN.shape, wide(x_MK.dtype))
-    dx, dw = walk_groups(group_sizes.astype(jnp.int32), (block_size,), group, carry)
+    dx, dw = walk_groups(group_sizes.astype(jnp.int32), sizes, group, carry)
     return dx[:num_rows], dw.astype(w_EKN.dtype), None
 
 
@@ -205,7 +216,8 @@ _blocks_matmul.defvjp(_blocks_matmul_fwd, _blocks_matmul_bwd)
 
 @jax.custom_vjp
 def _triton_matmul(x_MK: Array, w_EKN: Array, group_sizes: Array) -> Array:
-    return _triton.on_gpu(_triton_products, lambda *args: _blocks_matmul(*args, 128), x_MK, w_EKN, group_sizes)
+    cpu = lambda *args: _blocks_matmul(*args, automatic_block_sizes(x_MK.shape[0], w_EKN.shape[0]))  # noqa: E731
+    return _triton.on_gpu(_triton_products, cpu, x_MK, w_EKN, group_sizes)
 
 
 def _triton_products(x_MK: Array, w_EKN: Array, group_sizes: Array) -> Array:
@@ -230,7 +242,8 @@ def _triton_matmul_bwd(residuals: tuple[Array, Array, Array], g_MN: Array):
         dx = products(g, w, group_sizes, x.shape[0], transposed=True)
         return _inside(dx, group_sizes), weight_gradients(x, g, group_sizes, x.shape[0]).astype(w.dtype)
 
-    cpu = lambda *args: _blocks_matmul_bwd(128, args[:3], args[3])[:2]  # noqa: E731
+    sizes = automatic_block_sizes(g_MN.shape[0], residuals[1].shape[0])
+    cpu = lambda *args: _blocks_matmul_bwd(sizes, args[:3], args[3])[:2]  # noqa: E731
     return *_triton.on_gpu(gpu, cpu, *residuals, g_MN), None
 
 
@@ -252,7 +265,7 @@ def grouped_matmul(
     group_sizes: Array,
     *,
     implementation: Implementation = "blocks",
-    block_size: int = 128,
+    block_size: int = 0,
 ) -> Array:
     """out[m] = x[m] @ w[group of row m], rows sorted by group.
 
@@ -264,7 +277,7 @@ def grouped_matmul(
         `jax.experimental.checkify`, if the caller has it on, and else not.
       implementation: `blocks` (the CPU path), `ragged_dot` (XLA's, on GPU), `triton` (our kernels on GPU, `blocks` on
         CPU) or `reference` (one-hot einsum).
-      block_size: rows of one block of `blocks`.
+      block_size: rows of one block of `blocks`; 0 picks several sizes by the mean rows of a group.
 
     Returns:
       [M, N] in x's dtype.
@@ -279,7 +292,7 @@ def grouped_matmul(
     require_float("w", w)
     require_shape("group_sizes", group_sizes, (w.shape[0],), f"[E = {w.shape[0]}]")
     require_integer("group_sizes", group_sizes)
-    require(block_size >= 1, "block_size", block_size, "at least 1")
+    require(block_size >= 0, "block_size", block_size, "0 (automatic) or a positive row count")
     _check_sizes(group_sizes, x.shape[0])
     if implementation == "reference":
         return _reference(x, w, group_sizes)
@@ -288,4 +301,5 @@ def grouped_matmul(
         return jnp.where(valid[:, None], lax.ragged_dot(x, w.astype(x.dtype), group_sizes), jnp.zeros((), x.dtype))
     if implementation == "triton":
         return _triton_matmul(x, w.astype(x.dtype), group_sizes)
-    return _blocks_matmul(x, w, group_sizes, block_size)
+    sizes = (block_size,) if block_size else automatic_block_sizes(x.shape[0], w.shape[0])
+    return _blocks_matmul(x, w, group_sizes, sizes)

@@ -27,15 +27,14 @@ from jax import Array, lax
 
 from experiments.bench.moe_layer import padding_share
 from experiments.bench.roofline import LOADS, KernelShape, load_counts, load_indices
-from kernels.grouped_ffn import automatic_block_sizes, grouped_ffn
+from kernels.grouped_ffn import grouped_ffn
 from kernels.grouped_gpu import products, weight_gradients
-from kernels.grouped_matmul import group_of_row, grouped_matmul, sort_rows
+from kernels.grouped_matmul import automatic_block_sizes, group_of_row, grouped_matmul, sort_rows
 from kernels.tiles import tile_for
 from moe.layer import swiglu
 
 CAPACITY_FACTOR = 1.25
 OURS = {"cpu": "blocks", "gpu": "triton"}
-PRODUCT_BLOCKS = (128,)  # of `blocks` outside the FFN
 # Products of N rows by d x f matrices in each kernel that an operation of `triton` launches.
 LAUNCHES = {
     "forward": {"rows_kernel": 1},
@@ -141,7 +140,7 @@ def dropless_ffn(name: Any, x: Array, weights: Array, gate_up: Array, down: Arra
 
 
 def blocks_product(x: Array, w: Array, counts: Array) -> Array:
-    return grouped_matmul(x, w, counts, implementation="blocks", block_size=PRODUCT_BLOCKS[0])
+    return grouped_matmul(x, w, counts, implementation="blocks")
 
 
 def has_tokamax() -> bool:
@@ -245,7 +244,7 @@ def padding(name: str, operation: str, shape: KernelShape, counts: np.ndarray) -
         slots = shape.experts * capacity_of(shape)
         return 1.0 - float(np.minimum(counts, capacity_of(shape)).sum()) / slots
     if name == "blocks":
-        sizes = automatic_block_sizes(shape.rows, shape.experts) if operation.startswith("ffn") else PRODUCT_BLOCKS
+        sizes = automatic_block_sizes(shape.rows, shape.experts)
         return padding_share(counts, sizes)
     if name != "triton":
         return None

@@ -30,8 +30,7 @@ from experiments.bench.shape import StepShape
 from experiments.bench.worktree import ROOT, resolve_revision, worktree
 from experiments.output import write_json
 from experiments.provenance import provenance
-from kernels.grouped_ffn import automatic_block_sizes
-from kernels.grouped_matmul import choose_blocks
+from kernels.grouped_matmul import automatic_block_sizes, choose_blocks
 from moe.config import require
 from moe.layer import DenseFFN
 

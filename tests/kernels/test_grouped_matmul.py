@@ -33,15 +33,17 @@ def oracle(x, w, sizes, g):
     return out, dx, dw
 
 
-@pytest.mark.parametrize("implementation", ["blocks", "reference", "ragged_dot"])
-def test_values_and_gradients_match_a_row_by_row_oracle(implementation):
+@pytest.mark.parametrize(
+    ("implementation", "block_size"), [("blocks", B), ("blocks", 0), ("reference", B), ("ragged_dot", B)]
+)
+def test_values_and_gradients_match_a_row_by_row_oracle(implementation, block_size):
     with jax.enable_x64(True):
         x, w, g = map(jnp.asarray, arrays())
 
         @jax.jit
         def run(sizes):
             out, vjp = jax.vjp(
-                lambda x, w: grouped_matmul(x, w, sizes, implementation=implementation, block_size=B), x, w
+                lambda x, w: grouped_matmul(x, w, sizes, implementation=implementation, block_size=block_size), x, w
             )
             return out, *vjp(g)
 
@@ -115,7 +117,7 @@ def test_the_walk_meets_each_valid_row_once_in_stable_order(ids, sizes):
         ({"x": jnp.zeros((M, K), jnp.int4)}, "x.dtype = 'int4': expected a float type of at least 16 bits"),
         ({"w": jnp.zeros((E, K, N), jnp.float8_e4m3fn)}, "w.dtype = 'float8_e4m3fn'"),
         ({"implementation": "fast"}, "implementation = 'fast'"),
-        ({"block_size": 0}, "block_size = 0"),
+        ({"block_size": -1}, "block_size = -1"),
     ],
 )
 def test_bad_input_names_field_and_value(change, message):

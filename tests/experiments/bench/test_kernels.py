@@ -127,8 +127,7 @@ def test_padding_counts_the_rows_of_tiles_that_hold_nothing(load) -> None:
         of_ffn = (6 * empty + 3 * few) / (6 * whole + 3 * fewer)
         assert padding("triton", "ffn forward+backward", shape, counts) == pytest.approx(of_ffn)
         assert padding("triton", "ffn forward", shape, counts) == pytest.approx(empty / whole)
-    empty, whole = naive_padding(counts, 128)
-    assert padding("blocks", "forward", shape, counts) == pytest.approx(empty / whole)
+    assert padding("blocks", "forward", shape, counts) == pytest.approx(few / fewer)  # any multiple of 16 rows
     assert padding("dense", "forward", shape, counts) == 0.0
     assert padding("ragged_dot", "forward", shape, counts) is None
 
