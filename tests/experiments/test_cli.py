@@ -77,6 +77,7 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
     assert "stopped after step 7; the state is saved; the same command resumes" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_while_running_is_one_line(monkeypatch, capsys, tmp_path):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")

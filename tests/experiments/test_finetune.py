@@ -106,6 +106,7 @@ def test_a_step_is_adamw_on_the_mean_over_answer_tokens(base, key, adapters):
     jax.tree.map(lambda m, g: np.testing.assert_allclose(m, 0.1 * g, rtol=2e-3, atol=2e-6), moments, grads)
 
 
+@pytest.mark.slow
 def test_the_base_is_no_part_of_the_state_and_stays_as_it_was(base, key, tmp_path):
     before = jax.device_get(base.params)
     tree = finetune(base, MIXLORA, batches, CONFIG, key, tmp_path, penalty=balanced(0.01, 2))

@@ -73,6 +73,7 @@ def outside(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_own_router_and_optimizer_by_import_path_decide_the_run(outside, tmp_path):
     words = ["run", "global-batch-lbl", "--preset", "smoke", "--arms", "global", *MINE]
     words += ["--set", "eval_tokens_per_domain=64", "--set", "model.moe.dispatcher=einsum"]  # compiles faster
@@ -108,6 +109,7 @@ def test_experiment_by_import_path(outside, tmp_path):
     assert (out / "figure.png").read_bytes() == b"drawn outside"
 
 
+@pytest.mark.slow
 def test_template_smoke_holds_and_draws(tmp_path):
     """The folder to copy works as it is, and its router is really the one that ran."""
     settings = ("steps=2", "eval_tokens_per_domain=64", "model.moe.dispatcher=einsum")  # which compiles faster

@@ -64,6 +64,7 @@ def test_an_upcycled_run_starts_where_its_parent_ended_and_says_so(whole):
     assert json.loads((whole[1] / START).read_text()).keys() == {"start_val_ce", "start_test_ce", "start_gap"}
 
 
+@pytest.mark.slow
 def test_stopping_and_going_on_is_bitwise_the_same_and_needs_no_parent_any_more(whole, parent, tmp_path, monkeypatch):
     fit(MOE, tmp_path, steps=2, parent=parent)
     monkeypatch.setattr("experiments.initial.read_parent", lambda *_: pytest.fail("the parent was read again"))

@@ -172,6 +172,7 @@ def files(folder):
     return {str(path.relative_to(folder)): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_own_subspace_alone(tmp_path):
     """Another density, projection or gap is refused by name, and what was saved is still there and whole."""
     config = named("frugal(subspace='columns(density=0.25)', update_gap=3)")

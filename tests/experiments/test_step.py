@@ -155,6 +155,7 @@ def test_any_mesh_equals_one_device(mesh, one_device):
     [(2, (1, 1, 1)), pytest.param(4, (2, 1, 1), marks=slow), pytest.param(2, (1, 2, 2), marks=slow)],
     ids=str,
 )
+@pytest.mark.slow
 def test_any_accumulation_equals_one_pass(accumulation, mesh, one_device):
     config = replace(BASE, accumulation=accumulation)
     grads, metrics = gradients(config, mesh)
@@ -177,6 +178,7 @@ def test_a_sample_of_the_whole_batch_is_exact_for_a_router_with_as_many_slots_as
     assert_close(gradients(sampled)[0], gradients(config)[0])
 
 
+@pytest.mark.slow
 def test_prefix_differs_from_exact_only_under_accumulation():
     prefix = replace(EINSUM, balance=replace(BASE.balance, scope="global_prefix"))
     once, many, exact = (gradients(c)[0] for c in (prefix, replace(prefix, accumulation=4), EINSUM))
@@ -256,6 +258,7 @@ def routed(config: RunConfig):
     + [pytest.param(*c, marks=slow) for c in ((0.75, 1, (1, 1, 1)), (0.75, 2, (1, 1, 1)), (0.0, 2, (2, 1, 2)))],
     ids=str,
 )
+@pytest.mark.slow
 def test_ema_scope_uses_the_counts_of_earlier_steps_alone(decay, accumulation, mesh):
     """c <- decay c + c_step, T likewise; step n is balanced by f = c / (k T) of the steps before it, the first by none.
     A decay of 0 leaves the step before."""
@@ -298,6 +301,7 @@ def next_bias(bias, groups):
     [(2, (2, 1, 2)), *(pytest.param(*c, marks=slow) for c in ((1, (1, 1, 1)), (2, (1, 1, 1)), (1, (2, 2, 2))))],
     ids=str,
 )
+@pytest.mark.slow
 def test_loss_free_bias_follows_the_counts_of_the_whole_step_and_nothing_else(accumulation, mesh):
     """Bit for bit, under an optimiser whose decay and clipping would show."""
     config = loss_free(accumulation=accumulation)
@@ -315,6 +319,7 @@ def test_loss_free_bias_follows_the_counts_of_the_whole_step_and_nothing_else(ac
 
 
 @pytest.mark.parametrize("accumulation", [pytest.param(1, marks=slow), 2])
+@pytest.mark.slow
 def test_loss_free_local_pool_is_the_mean_over_micro_batches(accumulation):
     """Micro-batches of two sequences, whatever the accumulation."""
     router = LOSS_FREE.replace(")", ", pool='local')")
@@ -346,6 +351,7 @@ def test_evaluation_uses_the_frozen_bias_and_does_not_move_it():
     np.testing.assert_array_equal(state.router_state["updates"], 0)
 
 
+@pytest.mark.slow
 def test_ema_and_biases_survive_a_checkpoint_bit_for_bit(tmp_path):
     config = loss_free(balance=replace(BASE.balance, scope="ema"))
     mesh, tx = make_mesh(), make_optimizer(config.optimizer, config.steps)

@@ -151,6 +151,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("strategy", "level"), CASES)
+@pytest.mark.slow_after(1)
 def test_a_step_is_the_one_of_frozen_weights(strategy, level):
     config = weighted(DENSE, strategy=strategy, level=level)
     grads, metrics = gradients(config)
@@ -182,6 +183,7 @@ def test_eight_devices_of_one_sequence_weigh_as_one(level):
 
 
 @pytest.mark.parametrize("level", ["sample", pytest.param("token", marks=slow)])
+@pytest.mark.slow
 def test_global_scope_does_not_depend_on_accumulation_and_micro_does(level):
     once, twice = weighted(DENSE, level=level), replace(DENSE, accumulation=2)
     grads, metrics = gradients(once)
@@ -232,6 +234,7 @@ def test_router_losses_stay_outside():
     [(2, (2, 1, 2)), *(pytest.param(*c, marks=slow) for c in ((1, (2, 2, 2)), (1, (1, 1, 8)), (2, (1, 2, 2))))],
     ids=str,
 )
+@pytest.mark.slow
 def test_experts_on_a_mesh_under_accumulation_equal_one_pass_on_one_device(accumulation, mesh):
     grads, metrics = gradients(weighted(MOE))
     found, counted = gradients(replace(weighted(MOE, scope="global"), accumulation=accumulation), mesh)

@@ -147,6 +147,7 @@ def test_gradients_match_finite_differences(activation, biased, scale_on):
 
 @pytest.mark.parametrize("routing", ["some_invalid", "one_takes_all"])
 @pytest.mark.parametrize("block_size", [1, 7, 64, 0])
+@pytest.mark.slow_after(3)
 def test_block_size_changes_nothing(block_size, routing):
     inputs = problem(routing)
     assert_close(
@@ -172,6 +173,7 @@ def test_bfloat16_compute_with_float32_parameters(activation, biased):
 
 @pytest.mark.parametrize("implementation", ["blocks", "ragged_dot"])
 @pytest.mark.parametrize(("activation", "biased"), [("swiglu", False), ("swiglu_oai", True), ("relu", True)])
+@pytest.mark.slow_after(2)
 def test_dropped_assignments_are_inert(activation, biased, implementation):
     """Garbage behind an invalid assignment, even NaN rows and weights and indices out of range, changes no bit."""
     x, weights, gate_up, down, indices, valid, g = problem("some_invalid", parts=PARTS[activation])

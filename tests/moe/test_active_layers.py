@@ -117,6 +117,7 @@ def test_values_and_gradients_are_the_transformers(name):
     assert of_part._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_at_evaluation_it_is_the_transformer_too():
     config = replace(MIXED, num_layers=2, windows=(), dense_layers=(0,))
     params, part = parameters(config), active_layers(labels, 1, GAP)
@@ -163,6 +164,7 @@ def part_step(config, active, *, put=True):
     return step, lambda params: tx.init(part.take(params, 0))
 
 
+@pytest.mark.slow
 def test_lisa_step_for_step_in_one_program():
     config, ends = DENSE, []
     for step, init in (lisa_step(config, 2), part_step(config, 2)):
@@ -208,6 +210,7 @@ SIZES_MOE = replace(SIZES, moe=replace(MOE, expert_dim=11, shared_dim=11), remat
 @pytest.mark.parametrize("config", [
     SIZES, *(pytest.param(config, marks=pytest.mark.slow) for config in (replace(SIZES, remat="full"), SIZES_MOE)),
 ], ids=["none", "full", "moe"])  # fmt: skip
+@pytest.mark.slow
 def test_no_array_of_the_size_of_a_stacked_weight_is_made(config):
     assert all(math.prod(shape[1:]) % (B * S) for shape in of_runs(config))
     assert stacked_weights_made(config, compiled(config, *part_step(config, 1, put=False), donated=())) == []

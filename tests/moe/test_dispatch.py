@@ -93,6 +93,7 @@ PAIRS = [(name, case) for name in DISPATCHERS for case in CASES if (name, case) 
 
 
 @pytest.mark.parametrize(("name", "case"), PAIRS)
+@pytest.mark.slow_after(8)
 def test_equal_to_the_oracle(name, case):
     x, experts, out = inputs()
     routing = routing_case(case)
@@ -116,6 +117,7 @@ def test_token_counts_that_divide_nothing(num_tokens):
     "mesh_name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in MESHES]
 )
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow_after(5)
 def test_sharded_equals_the_oracle_on_one_device(mesh_name, case):
     x, experts, out = inputs()
     routing = routing_case(case)

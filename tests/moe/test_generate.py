@@ -82,6 +82,7 @@ def test_prefill_then_decode_equals_the_full_forward(name):
         np.testing.assert_allclose(got, want[np.arange(2), at[:, 0]], atol=2e-5, err_msg=f"token {i}")
 
 
+@pytest.mark.slow
 def test_greedy_generation_is_the_argmax_of_full_forwards_and_stops():
     model = random_model(CONFIGS["moe_mixed"])
     prompts = [list(draw(1, 5, 1)[0]), list(draw(1, 3, 2)[0])]

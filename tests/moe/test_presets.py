@@ -44,6 +44,7 @@ def test_released_sizes() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.slow_after(6)
 def test_family_runs_small_with_its_own_router_and_policy(name: str) -> None:
     full = preset(name)
     state = make_router(full).init_state()

@@ -293,6 +293,7 @@ def test_a_run_that_stops_in_a_window_goes_on_bit_by_bit(name, tmp_path):
 
 
 @every
+@pytest.mark.slow_after(6)
 def test_not_a_number_comes_through_and_stays_in_its_leaf(name):
     """At a refresh and after it, in any entry that the optimiser moves. Clipping by the norm of all has NaN spread."""
     params = tree(0)

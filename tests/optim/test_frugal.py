@@ -84,6 +84,7 @@ def reference(name, subspace, choice, grad, kind, state, c, rule, free, scale):
     [*((name, "adam", "sign") for name in SUBSPACES), ("columns", "lion", "sign"), ("svd", "momentum", "sgd"),
      ("block", "lion", "sgd")],
 )  # fmt: skip
+@pytest.mark.slow_after(3)
 def test_fifty_steps_equal_the_equations(name, kind, rule):
     gap, free, scale, rate = 7, 0.5, 0.8, 0.01
     with jax.enable_x64(True):
@@ -159,6 +160,7 @@ def test_density_zero_is_the_sign_and_keeps_nothing():
 
 
 @pytest.mark.parametrize("name", ["columns", "rows", "randk", "block"])
+@pytest.mark.slow_after(1)
 def test_the_first_step_is_the_sign(name):
     tx = scale_by_frugal(SUBSPACES[name], axes=STACKED)
     (grads,) = gradients(1)

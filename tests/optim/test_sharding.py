@@ -165,6 +165,7 @@ def collectives(subspace, shape, spec, split, state_shardings):
         (rows, (2, 8, 8, 16), P(None, "fsdp", None, None), (1, 2)),
     ],
 )
+@pytest.mark.slow_after(2)
 def test_parts_of_a_split_axis_need_no_exchange(make, shape, spec, split):
     """Neither of gradients nor of anything else, a new choice included; without parts every device sums its own."""
     assert collectives(make(0.25, shards=8), shape, spec, split, opt_state_shardings) == []

@@ -208,6 +208,7 @@ def assert_tree_close(got, expected, tolerance=1e-5):
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("devices", MESHES)
+@pytest.mark.slow_after(5)
 def test_ragged_values_and_gradients_equal_the_static_ones_and_the_oracle(devices, routing):
     args = (*operands(), *routing_case(routing))
     ragged = jax.device_get(program("ragged", devices)(*args))
@@ -234,6 +235,7 @@ def traced(devices, gradient):
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("devices", MESHES)
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
+@pytest.mark.slow_after(8)
 def test_each_platform_gets_one_form_and_two_exchanges_each_way(platform, devices, gradient):
     lowered = traced(devices, gradient).lower(lowering_platforms=(platform,))
     text, hlo = lowered.as_text(), lowered.as_text(dialect="hlo")

@@ -24,6 +24,7 @@ def test_sizes_give_every_expert_its_tokens() -> None:
     assert shape.tokens * shape.top_k / shape.experts == 128
 
 
+@pytest.mark.slow
 def test_whole_command(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     console = Console(record=True, width=120, quiet=False, file=(tmp_path / "shown").open("w"))

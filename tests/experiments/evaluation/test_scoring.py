@@ -43,6 +43,7 @@ def oracle(model):
     return nats
 
 
+@pytest.mark.slow
 def test_windows_equal_a_loop_over_documents_and_tokens(model, oracle):
     params, state = model
     words, texts, length = ByteWords(), ["hello there", "a", "some more text here"], 8

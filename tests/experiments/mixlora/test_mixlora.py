@@ -32,6 +32,7 @@ LATER = ("cpu-long", "gpu", "paper")  # long to lower
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LATER else n for n in PRESETS])
+@pytest.mark.slow_after(1)
 def test_every_preset_lowers_and_its_methods_are_of_one_size(name):
     """A method once, whatever its rate and loss. MixDoRA is a fifth smaller: a magnitude for each expert and output."""
     made = PRESETS[name]()

@@ -81,6 +81,7 @@ def test_decoding_with_a_cache_is_the_full_recomputation(model, tokens, labels):
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
+@pytest.mark.slow_after(4)
 def test_so_it_is_for_layers_of_different_kinds_and_windows(any_model, tokens, path):
     check_decoding(any_model, tokens, path)
 

@@ -74,6 +74,7 @@ def test_a_skipped_block_is_not_run(model, tokens):
 
 
 @pytest.mark.parametrize("reads", ["residual", "embedding"])
+@pytest.mark.slow_after(1)
 def test_teacher_forcing_reads_what_enters_each_block(any_model, routers, depth, tokens, reads):
     depth = DepthConfig(depth.hidden, depth.num_windows, reads)
     lengths = np.array([12, 3, 7, 1])

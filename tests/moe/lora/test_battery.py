@@ -73,6 +73,7 @@ def test_starts_as_the_frozen_model(name: str):
 
 
 @every
+@pytest.mark.slow_after(4)
 def test_trained_adapters_change_it(name: str):
     params, config = base(), MEMBERS[name].config
     assert np.abs(logits(params, config, trained(config)) - logits(params)).max() > 0.05
@@ -156,6 +157,7 @@ def test_decoding_with_a_cache_is_the_full_forward(name: str):
     assert_close(jnp.concatenate(hidden, axis=1), run(params, config, tree).hidden)
 
 
+@pytest.mark.slow
 def test_generates_with_adapters():
     params, config = base(), MEMBERS["mixlora"].config
     tree = trained(config)

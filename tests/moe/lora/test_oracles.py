@@ -208,6 +208,7 @@ def test_column_norms_without_the_product():
 
 
 @pytest.mark.parametrize("name", ["dora", "mixdora"])
+@pytest.mark.slow_after(1)
 def test_magnitudes_are_not_rounded_to_the_compute_type(name: str):
     """In bfloat16 DoRA starts as the frozen model, every column of it, and a magnitude 0.3% larger is seen."""
     low, config = replace(CONFIG, compute_dtype="bfloat16"), getattr(presets, name)(4, 8.0)

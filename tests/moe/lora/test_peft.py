@@ -58,6 +58,7 @@ def test_computes_what_peft_computes(llama: Pretrained, case: str):
 
 
 @pytest.mark.parametrize("case", UNIFORM)
+@pytest.mark.slow_after(1)
 def test_gradients_are_those_of_peft(llama: Pretrained, case: str):
     adapters, tree = read_peft(FOLDERS / case, llama.config)
     found = jax.grad(lambda tree: cross_entropy(llama, adapters, tree)[0])(tree)
@@ -204,6 +205,7 @@ def test_bad_folder(llama: Pretrained, tmp_path: Path, change: Any, tensors: Any
     assert message in str(error.value)
 
 
+@pytest.mark.slow
 def test_bad_calls(llama: Pretrained, tmp_path: Path):
     with pytest.raises(ValueError, match=r"adapter_config.json = .*: expected an existing file"):
         read_peft(tmp_path / "nowhere", llama.config)

@@ -62,6 +62,7 @@ def check_round_trip(checkpoint, tmp_path, case, dtype):
     assert {array.dtype for array in read_all(ours).values()} == {np.dtype(DTYPES[dtype])}
 
 
+@pytest.mark.slow_after(3)
 def test_there_and_back_is_the_same_bytes(checkpoint, tmp_path, golden_case):
     check_round_trip(checkpoint, tmp_path, golden_case, "float32")
 
