@@ -64,7 +64,7 @@ SOON = [one for one in PRESETS_OF_ALL if one not in LATER]
 
 
 @pytest.mark.parametrize(("name", "preset"), SOON)
-@pytest.mark.slow_after(8)
+@pytest.mark.slow_after(3)
 def test_every_preset_lowers(name, preset):
     """One arm per shape of model, mesh and accumulation; the slow suite lowers every router and score, and LATER."""
     lower_distinct(name, preset, any_router)

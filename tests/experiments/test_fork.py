@@ -99,6 +99,7 @@ def test_own_router_and_optimizer_by_import_path_decide_the_run(outside, tmp_pat
     assert (config["model.moe.router"], config["optimizer.name"]) == ("my_router:make", "my_optimizer:make")
 
 
+@pytest.mark.slow
 def test_experiment_by_import_path(outside, tmp_path):
     out = tmp_path / "out"
     assert main(["run", "my_package.study", "--preset", "smoke", "--out", str(out), *MINE]) == 0

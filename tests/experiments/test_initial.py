@@ -98,6 +98,7 @@ def test_on_a_mesh_it_starts_the_same(whole, parent, tmp_path):
     assert result.metrics["start_gap"] < 1e-5
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_parent_is_refused(whole, parent):
     other = Parent(replace(DENSE, steps=4), parent.out)
     with pytest.raises(ValueError, match=r"parent\.steps"):

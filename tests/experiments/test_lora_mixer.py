@@ -121,6 +121,7 @@ def test_rows_by_label_leave_the_other_experts_as_they_were_to_the_bit(place, tm
         assert unchanged == [False, True, False], name
 
 
+@pytest.mark.slow
 def test_the_joint_arm_goes_by_label_first_and_then_trains_everything(place, monkeypatch):
     at, experts = place
     calls = []
@@ -337,7 +338,7 @@ def from_table(self, adapters, tree, folder, task, split):
 @pytest.mark.parametrize(("method", "accuracy", "share"), [
     ("router_only", 0.65, 0.75), ("oracle", 0.8, 1.0), ("uniform", 0.2, 0.0),
     ("best_single", 1.6 / 3, 5 / 9)])  # fmt: skip
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_shares_of_what_labels_bring(method, accuracy, share, base, tmp_path, monkeypatch):
     monkeypatch.setattr(Place, "accuracy", from_table)
     metrics, series = run(replace(TRIAL, method=method), 0, tmp_path / "arm", QUIET)

@@ -106,7 +106,7 @@ def test_padding_reaches_neither_counts_nor_outputs():
     ],
     ids=str,
 )
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_remat_and_unrolling_change_the_program_but_not_its_results(change, trace):
     params, run = build(BASE)
     _, other = build(replace(BASE, **change))

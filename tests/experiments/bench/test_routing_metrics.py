@@ -68,7 +68,7 @@ def test_whole_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [plain, loss_free_ema])
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_without_metrics_the_new_state_is_the_same(make) -> None:
     config = make()
     leaves = {name: leaf.reshape(config.accumulation, -1, TINY.seq + 1) for name, leaf in random_batch(TINY).items()}

@@ -102,7 +102,7 @@ def written_quiz(base, labels):
 
 
 @pytest.mark.parametrize("mixed", [True, False])
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_right_is_what_the_model_writes_along_the_labels(mixed):
     base = small(arithmetic.VOCAB)
     labels = np.random.default_rng(0).integers(0, 3, (24, 3))

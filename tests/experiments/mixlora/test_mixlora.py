@@ -98,6 +98,7 @@ def test_pieces_are_shared_kept_and_the_same_after_ctrl_c(tmp_path):
     assert set(both[1]) < set(both[0])
 
 
+@pytest.mark.slow
 def test_a_task_that_is_not_learnt_is_left_out_and_named(tmp_path, monkeypatch):
     real = Symbolic.scored
 
