@@ -24,8 +24,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     seen: Counter[tuple[Path, str]] = Counter()
     for item in items:
         mark = item.get_closest_marker("slow_after")
-        if mark is not None:
-            function = item.path, item.getparent(pytest.Function).originalname  # type: ignore[union-attr]
+        if mark is not None and isinstance(item, pytest.Function):
+            function = item.path, item.originalname
             seen[function] += 1
             if seen[function] > mark.args[0]:
                 item.add_marker("slow")

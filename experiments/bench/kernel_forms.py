@@ -244,8 +244,7 @@ def padding(name: str, operation: str, shape: KernelShape, counts: np.ndarray) -
         slots = shape.experts * capacity_of(shape)
         return 1.0 - float(np.minimum(counts, capacity_of(shape)).sum()) / slots
     if name == "blocks":
-        sizes = automatic_block_sizes(shape.rows, shape.experts)
-        return padding_share(counts, sizes)
+        return padding_share(counts, automatic_block_sizes(shape.rows, shape.experts))
     if name != "triton":
         return None
     multiplied = 0.0

@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from kernels.grouped_ffn import automatic_block_sizes, grouped_ffn
+from kernels.grouped_ffn import grouped_ffn
+from kernels.grouped_matmul import automatic_block_sizes
 
 T, K, E, D, F, B = 45, 2, 5, 8, 6, 8
 
