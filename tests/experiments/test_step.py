@@ -143,7 +143,6 @@ def test_a_fresh_state_is_the_same_on_one_device_and_on_a_mesh():
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: "x".join(map(str, m)))
-@pytest.mark.slow
 def test_any_mesh_equals_one_device(mesh, one_device):
     grads, metrics = gradients(BASE, mesh)
     assert_close(grads, one_device[0])
@@ -155,7 +154,6 @@ def test_any_mesh_equals_one_device(mesh, one_device):
     [(2, (1, 1, 1)), pytest.param(4, (2, 1, 1), marks=slow), pytest.param(2, (1, 2, 2), marks=slow)],
     ids=str,
 )
-@pytest.mark.slow
 def test_any_accumulation_equals_one_pass(accumulation, mesh, one_device):
     config = replace(BASE, accumulation=accumulation)
     grads, metrics = gradients(config, mesh)
@@ -164,7 +162,7 @@ def test_any_accumulation_equals_one_pass(accumulation, mesh, one_device):
         assert metrics[name] == pytest.approx(one_device[1][name], rel=1e-5), name
 
 
-@pytest.mark.parametrize("scope", ["shuffle_micro", *(pytest.param(s, marks=slow) for s in ("microbatch", "sequence"))])
+@pytest.mark.parametrize("scope", ["shuffle_micro", "microbatch", "sequence"])
 @pytest.mark.slow
 def test_other_scopes_do_not_depend_on_accumulation(scope):
     config = replace(EINSUM, balance=replace(BASE.balance, scope=scope, micro_batch_size=2))
@@ -213,7 +211,7 @@ def by_device(config: RunConfig, batch, devices):
     return jax.device_get(grads), float(balance)
 
 
-@pytest.mark.parametrize(("mesh", "accumulation"), [pytest.param((2, 2, 2), 1, marks=slow), ((2, 1, 2), 2)], ids=str)
+@pytest.mark.parametrize(("mesh", "accumulation"), [((2, 2, 2), 1), ((2, 1, 2), 2)], ids=str)
 @pytest.mark.slow
 def test_device_scope_is_each_device_alone(mesh, accumulation):
     """Two sequences a device and pass: neither `sequence` nor the whole batch."""
@@ -254,8 +252,7 @@ def routed(config: RunConfig):
 
 @pytest.mark.parametrize(
     ("decay", "accumulation", "mesh"),
-    [(0.75, 2, (2, 1, 2))]
-    + [pytest.param(*c, marks=slow) for c in ((0.75, 1, (1, 1, 1)), (0.75, 2, (1, 1, 1)), (0.0, 2, (2, 1, 2)))],
+    [(0.75, 2, (2, 1, 2)), (0.75, 1, (1, 1, 1)), (0.75, 2, (1, 1, 1)), (0.0, 2, (2, 1, 2))],
     ids=str,
 )
 @pytest.mark.slow
@@ -298,7 +295,7 @@ def next_bias(bias, groups):
 
 @pytest.mark.parametrize(
     ("accumulation", "mesh"),
-    [(2, (2, 1, 2)), *(pytest.param(*c, marks=slow) for c in ((1, (1, 1, 1)), (2, (1, 1, 1)), (1, (2, 2, 2))))],
+    [(2, (2, 1, 2)), (1, (1, 1, 1)), (2, (1, 1, 1)), (1, (2, 2, 2))],
     ids=str,
 )
 @pytest.mark.slow
@@ -318,7 +315,7 @@ def test_loss_free_bias_follows_the_counts_of_the_whole_step_and_nothing_else(ac
         assert not any("bias" in path for path in paths)
 
 
-@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=slow), 2])
+@pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.slow
 def test_loss_free_local_pool_is_the_mean_over_micro_batches(accumulation):
     """Micro-batches of two sequences, whatever the accumulation."""

@@ -182,7 +182,7 @@ def test_eight_devices_of_one_sequence_weigh_as_one(level):
     assert_close(counted, metrics)
 
 
-@pytest.mark.parametrize("level", ["sample", pytest.param("token", marks=slow)])
+@pytest.mark.parametrize("level", ["sample", "token"])
 @pytest.mark.slow
 def test_global_scope_does_not_depend_on_accumulation_and_micro_does(level):
     once, twice = weighted(DENSE, level=level), replace(DENSE, accumulation=2)
@@ -231,7 +231,7 @@ def test_router_losses_stay_outside():
 
 @pytest.mark.parametrize(
     ("accumulation", "mesh"),
-    [(2, (2, 1, 2)), *(pytest.param(*c, marks=slow) for c in ((1, (2, 2, 2)), (1, (1, 1, 8)), (2, (1, 2, 2))))],
+    [(2, (2, 1, 2)), (1, (2, 2, 2)), (1, (1, 1, 8)), (2, (1, 2, 2))],
     ids=str,
 )
 @pytest.mark.slow

@@ -88,10 +88,7 @@ def assert_close(got, want, tolerance):
     jax.tree.map(leaf, got, want)
 
 
-FIRST, *LATER = CONFIGS
-
-
-@pytest.mark.parametrize("name", [FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in LATER)])
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.slow
 def test_values_and_gradients_are_the_transformers(name):
     config, key = CONFIGS[name], jax.random.key(2)
@@ -208,7 +205,7 @@ SIZES_MOE = replace(SIZES, moe=replace(MOE, expert_dim=11, shared_dim=11), remat
 
 
 @pytest.mark.parametrize("config", [
-    SIZES, *(pytest.param(config, marks=pytest.mark.slow) for config in (replace(SIZES, remat="full"), SIZES_MOE)),
+    SIZES, replace(SIZES, remat="full"), SIZES_MOE,
 ], ids=["none", "full", "moe"])  # fmt: skip
 @pytest.mark.slow
 def test_no_array_of_the_size_of_a_stacked_weight_is_made(config):

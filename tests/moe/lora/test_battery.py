@@ -48,7 +48,6 @@ MEMBERS = {
     "lora_mixer": Member(presets.lora_mixer(4, 8.0), routers=(32, 32)),
     "lora_mixer_top3": Member(presets.lora_mixer(4, 8.0, top_k=3), routers=(32, 32)),
 }
-FEW = ("dora", "mixlora", "lora_mixer_top3")  # on eight devices; the others take long to compile
 every = pytest.mark.parametrize("name", MEMBERS)
 with_routers = pytest.mark.parametrize("name", [name for name, member in MEMBERS.items() if member.routers])
 # Capacity counts the tokens before, so a token's expert depends on what is in its pass.
@@ -179,9 +178,7 @@ def test_several_adapters_share_a_base(name: str):
         assert_close(one, run(params, config, tree).hidden)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for name in MEMBERS]
-)
+@every
 @pytest.mark.slow
 def test_eight_devices_are_one(name: str):
     params, config, rows = base(), MEMBERS[name].config, tokens(8)
